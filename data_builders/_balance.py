@@ -1,0 +1,31 @@
+"""Length balance: drop the pairs whose rejected side is longest for its chosen one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+STEPS = 51
+"""Ratios tried: 0 to 1 in steps of 0.02."""
+
+
+def keeps(chosen: int, rejected: int, ratio: float) -> bool:
+    """Whether a pair with these lengths stays: (rejected - chosen) / rejected <= ratio."""
+    return (rejected - chosen) <= ratio * rejected + 1e-9
+
+
+def best_ratio(lengths: Sequence[tuple[int, int]]) -> float:
+    """The ratio that makes the mean of (chosen - rejected) over the kept pairs smallest in size.
+
+    ``lengths``: (chosen, rejected) of each pair. Of equally good ratios the largest, which keeps
+    most pairs. 1.0 where there are no pairs.
+    """
+    best, best_gap = 1.0, float("inf")
+    for step in range(STEPS - 1, -1, -1):
+        ratio = step / (STEPS - 1)
+        gaps = [chosen - rejected for chosen, rejected in lengths if keeps(chosen, rejected, ratio)]
+        if not gaps:
+            continue
+        gap = abs(sum(gaps) / len(gaps))
+        if gap < best_gap - 1e-12:
+            best, best_gap = ratio, gap
+    return best

@@ -1,0 +1,1 @@
+"""Preference files to batches: read, tokenise, collate. No generation, no scoring."""

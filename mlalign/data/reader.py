@@ -1,0 +1,63 @@
+"""Read ready pairs for training: every fault is listed, or counted; none is passed over."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from mlalign.images import open_image
+from mlalign.records import Preference, RecordError, Skip
+from mlalign.store import read_preferences
+
+SHOWN = 20
+"""Faults listed in full; the rest are counted."""
+
+
+class DataError(ValueError):
+    """Pairs that cannot be trained on. The message lists the faulty records and the mend."""
+
+
+def load_pairs(
+    path: str | Path, *, bad_records: str = "refuse"
+) -> tuple[list[Preference], Counter]:
+    """The pairs of a file or folder, images decoded once to find what is broken.
+
+    Returns the pairs and the number of skipped rows by reason. ``bad_records``: "refuse" raises
+    DataError with every fault; "skip" counts them. Raises DataError where no pair is left, and
+    StoreError where the file cannot be read.
+    """
+    pairs: list[Preference] = []
+    faults: list[Skip] = []
+    for record in read_preferences(path):
+        skip = record if isinstance(record, Skip) else _image_fault(record)
+        if skip is None:
+            assert isinstance(record, Preference)
+            pairs.append(record)
+        else:
+            faults.append(skip)
+    if faults and bad_records == "refuse":
+        raise DataError(_listing(path, faults))
+    if not pairs:
+        raise DataError(
+            f"{path}: no pair to train on" + (f"\n{_listing(path, faults)}" if faults else "")
+        )
+    return pairs, Counter(fault.reason for fault in faults)
+
+
+def _image_fault(pair: Preference) -> Skip | None:
+    try:
+        open_image(pair.image, pair.id)
+        if pair.rejected_image is not None:
+            open_image(pair.rejected_image, pair.id)
+    except RecordError as error:
+        return Skip(id=pair.id, reason=error.reason, detail=str(error))
+    return None
+
+
+def _listing(path: str | Path, faults: list[Skip]) -> str:
+    lines = [f"{path}: {len(faults)} faulty record(s):"]
+    lines += [f"  {fault.detail or fault.reason}" for fault in faults[:SHOWN]]
+    if len(faults) > SHOWN:
+        lines.append(f"  and {len(faults) - SHOWN} more")
+    lines.append("Mend or remove them, or set data.bad_records: skip to leave them out, counted")
+    return "\n".join(lines)

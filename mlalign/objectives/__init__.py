@@ -1,0 +1,1 @@
+"""Preference objectives: one file each, token log-probs in, a loss per pair out."""

@@ -1,0 +1,96 @@
+"""Statistics that probes share: similarity, separation, intervals, spectra. numpy and torch.
+
+Formulae: debiased HSIC and CKA, Song et al. 2012 eq. 5 and Kornblith et al. 2019; effective rank,
+Roy and Vetterli 2007.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+
+def debiased_cka(x: np.ndarray, y: np.ndarray) -> float:
+    """Linear CKA of (n, d) and (n, e) features with the unbiased estimate of HSIC.
+
+    The biased one grows with d / n (independent data can give 0.66); this one is about 0 for
+    independent data, 1 for an orthogonal map or a scaling, and may be slightly negative. Needs
+    n >= 4; NaN for fewer, and where either side does not vary.
+    """
+    if len(x) < 4:
+        return float("nan")
+    gram_x, gram_y = _centred_gram(x), _centred_gram(y)
+    xy, xx, yy = (np.sum(a * b) for a, b in ((gram_x, gram_y), (gram_x, gram_x), (gram_y, gram_y)))
+    return float(xy / np.sqrt(xx * yy)) if xx > 0 and yy > 0 else float("nan")
+
+
+def _centred_gram(x: np.ndarray) -> np.ndarray:
+    """The U-centred Gram matrix: its inner products are n (n - 3) times the unbiased HSIC."""
+    x = np.asarray(x, dtype=np.float64)
+    # Centring first changes nothing in exact arithmetic and keeps large common offsets harmless.
+    x = x - x.mean(0)
+    n = len(x)
+    gram = x @ x.T
+    np.fill_diagonal(gram, 0.0)
+    means = gram.sum(1) / (n - 2)
+    centred = gram - means[:, None] - means[None, :] + gram.sum() / ((n - 1) * (n - 2))
+    np.fill_diagonal(centred, 0.0)
+    return centred
+
+
+def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """P(a positive value exceeds a negative one), ties half. NaN where either side is empty."""
+    if not len(positive) or not len(negative):
+        return float("nan")
+    labels = [1] * len(positive) + [0] * len(negative)
+    return float(roc_auc_score(labels, [*positive, *negative]))
+
+
+def interval(
+    sums: Sequence[float], counts: Sequence[float], resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % bootstrap interval, over records, of sum(sums) / sum(counts).
+
+    A record with several words is drawn whole, so words of one image do not count as independent.
+    NaN where nothing was counted.
+    """
+    kept = [(s, c) for s, c in zip(sums, counts, strict=True) if c > 0]
+    if not kept:
+        return float("nan"), float("nan")
+    values = np.asarray(kept, dtype=np.float64)
+    draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
+    drawn = values[draws].sum(1)
+    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def update_spectrum(lora_b: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
+    """Singular values of ``scaling * B @ A``, without forming it. float64, descending.
+
+    ``lora_b``: (out, r); ``lora_a``: (r, in). QR of both leaves an r x r matrix:
+    B A = Q_b (R_b R_a^T) Q_a^T.
+    """
+    _, upper_b = torch.linalg.qr(lora_b.detach().double(), mode="r")
+    _, upper_a = torch.linalg.qr(lora_a.detach().double().T, mode="r")
+    return torch.linalg.svdvals(upper_b @ upper_a.T) * abs(scaling)
+
+
+def effective_rank(singular: Tensor) -> float:
+    """exp(entropy of the singular values as a distribution); 0 for a zero matrix."""
+    total = singular.sum()
+    if total <= 0:
+        return 0.0
+    p = singular / total
+    p = p[p > 0]
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def relative(numerator: float, denominator: float) -> float:
+    """Their ratio; exactly 0 for a zero numerator, NaN for a zero denominator otherwise."""
+    if numerator == 0:
+        return 0.0
+    return numerator / denominator if denominator > 0 else float("nan")

@@ -1,0 +1,383 @@
+"""A recipe: one YAML, strictly typed. Unknown keys fail with the nearest known name. No torch.
+
+``load(path, overrides)`` reads, overrides (``train.learning_rate=1e-5``), validates and resolves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run. The message names the file, the key and the mend."""
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, no unknown key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class MethodRef(BaseModel):
+    """The name of a method file and its settings: ``povid`` or ``{name: povid, corruptions: 2}``.
+
+    The settings are validated by the method's own ``Settings`` class.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    def settings(self) -> dict[str, Any]:
+        """All keys but the name."""
+        return dict(self.model_extra or {})
+
+
+def _as_ref(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Ref = Annotated[MethodRef, BeforeValidator(_as_ref)]
+
+
+class BuilderRef(MethodRef):
+    """A builder: its name, its settings, and how many examples it reads."""
+
+    examples: int | None = Field(default=None, ge=1)
+    """Examples that this builder reads; None: data.examples."""
+    train: dict[str, Any] = {}
+    """Keys of the train section that differ for this arm, e.g. {learning_rate: 1e-5, steps: 40}."""
+
+
+Builder = Annotated[BuilderRef, BeforeValidator(_as_ref)]
+
+
+class LoraSection(Section):
+    """The adapter. Targets default to the language model's linears, named by the family file."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Zeroed in training unless train.layout is padded: a shared prefix shares one dropout mask."""
+    targets: str | None = None
+    """Regular expression over module names; None: every linear of the language model's blocks."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained in full beside LoRA, through PEFT (e.g. multi_modal_projector)."""
+
+
+class ModelSection(Section):
+    """The model to align."""
+
+    path: str
+    """Folder, Hub id, or ``builtin:microworld``."""
+    revision: str | None = None
+    """Hub revision; pin it."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 where the hardware has it, else float32."""
+    quantize: Literal["none", "4bit", "8bit"] = "none"
+    """bitsandbytes load (nf4 for 4bit)."""
+    image: Literal["pad", "crop"] = "crop"
+    """pad: to a square with the processor's mean colour, as LLaVA-1.5 was trained; crop: the
+    stock processor as it comes."""
+    adapter: LoraSection | Literal["none"] = LoraSection()
+    """none: full fine-tuning, with a second frozen copy as the reference."""
+    start_adapter: str | None = None
+    """Folder of a PEFT adapter merged into the model before anything else (an SFT stage's)."""
+
+
+class DataSection(Section):
+    """Where images and pairs come from: a source and builders, or ready pairs."""
+
+    source: Ref | None = None
+    """Source file of data_builders/sources with its settings; needed by builders."""
+    examples: int | None = Field(default=None, ge=1)
+    """Examples that each builder reads, but for one with an ``examples`` key of its own."""
+    builders: tuple[Builder, ...] = ()
+    """Builders of data_builders/; each is one arm: its pairs train one adapter."""
+    pairs: dict[str, str] = {}
+    """Ready pairs, arm name -> Parquet, JSONL or folder with TRL's columns."""
+    judge: Ref | None = None
+    """Judge of mlalign/judges that builders ask; None: the builder's own default."""
+    vocabulary: str = "coco"
+    """Object vocabulary: a name under mlalign/vocabularies, or a file."""
+    max_skipped: float = Field(default=0.1, ge=0, le=1)
+    """Share of records that a builder may skip before the build fails."""
+    bad_records: Literal["refuse", "skip"] = "refuse"
+    """What a faulty row of ready pairs does: refuse lists every fault and stops; skip counts it."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> DataSection:
+        if self.builders and self.source is None:
+            raise ValueError("data.builders need data.source: name a source or give data.pairs")
+        return self
+
+
+class TrainSection(Section):
+    """Preference training."""
+
+    objective: Ref
+    """Objective file of mlalign/objectives with its settings, e.g. {name: dpo, beta: 0.1}."""
+    learning_rate: float = Field(gt=0)
+    batch_size: int = Field(ge=1)
+    """Pairs per optimiser step over all processes."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Pairs per forward pass on one process."""
+    epochs: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps; exactly one of epochs and steps."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the steps."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_length: int | None = Field(default=None, ge=1)
+    """Tokens of prompt and completion; a completion that is cut to nothing is a counted skip."""
+    gradient_checkpointing: bool = False
+    layout: Literal["shared", "padded"] = "shared"
+    """shared: one row per image prefix; padded: one row per completion (needed for dropout)."""
+    save_every: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    log_every: int = Field(default=1, ge=1)
+    blank_images: bool = False
+    """Train on blank images: the control that asks whether the image matters."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        return self
+
+
+class ProbeSection(Section):
+    """Probes while training."""
+
+    methods: tuple[Ref, ...] = ()
+    every: int = Field(default=0, ge=0)
+    """Steps between passes; 0: only at the start and the end."""
+    records: int = Field(default=16, ge=1)
+    """Records of the fixed probe set."""
+    source: Ref | None = None
+    """Where the probe set's images and facts come from; None: the data source."""
+    batch_size: int = Field(default=4, ge=1)
+
+
+class EvalSection(Section):
+    """Evaluation before and after."""
+
+    benchmarks: tuple[Ref, ...] = ()
+    source: Ref | None = None
+    """Held-out examples; None: the data source's own held-out split."""
+    images: int = Field(default=200, ge=1)
+    """Images taken from the source."""
+    batch_size: int = Field(default=32, ge=1)
+    """Images per generation batch."""
+    bootstrap: int = Field(default=1000, ge=100)
+    """Resamples over images for the 95 % intervals."""
+
+
+class LaunchSection(Section):
+    """How training is launched."""
+
+    launcher: Literal["deepspeed", "none"] = "deepspeed"
+    """none: one process, started in place."""
+    processes: int = Field(default=1, ge=1)
+    """Processes (GPUs, or CPU processes) on each node."""
+    zero: Literal[0, 2, 3] = 2
+    """DeepSpeed ZeRO stage; 0 is plain data parallelism."""
+    offload: bool = False
+    """ZeRO-3 with optimiser and parameters offloaded to the CPU."""
+    hostfile: str | None = None
+    """Hostfile for several nodes."""
+
+    @model_validator(mode="after")
+    def _offload_needs_three(self) -> LaunchSection:
+        if self.offload and self.zero != 3:
+            raise ValueError("launch.offload needs launch.zero: 3")
+        return self
+
+
+class Recipe(Section):
+    """One run, whole."""
+
+    name: str
+    """Run folder: runs/<name>."""
+    seed: int = 0
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    probes: ProbeSection = ProbeSection()
+    eval: EvalSection = EvalSection()
+    launch: LaunchSection = LaunchSection()
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+
+    @model_validator(mode="after")
+    def _arms(self) -> Recipe:
+        if not self.data.builders and not self.data.pairs:
+            raise ValueError(
+                "data: give builders (with a source) or pairs; there is nothing to train on"
+            )
+        lora = self.model.adapter
+        if lora != "none" and lora.dropout > 0 and self.train.layout == "shared":
+            raise ValueError(
+                "model.adapter.dropout > 0 needs train.layout: padded "
+                "(a shared prefix shares one mask)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _arms_train(self) -> Recipe:
+        for arm in self.arms():
+            self.train_of(arm)
+        return self
+
+    def train_of(self, arm: str) -> TrainSection:
+        """The train section of one arm: the recipe's, with what its builder says otherwise.
+
+        An override of ``epochs`` takes the place of ``steps``, and the other way round.
+        """
+        changed = next((b.train for b in self.data.builders if b.name == arm), {})
+        whole = self.train.model_dump(mode="json")
+        if "steps" in changed or "epochs" in changed:
+            whole |= {"steps": None, "epochs": None}
+        return TrainSection.model_validate({**whole, **changed})
+
+    def arms(self) -> list[str]:
+        """Names of what is trained: one adapter per builder or per pairs file."""
+        return [b.name for b in self.data.builders] + list(self.data.pairs)
+
+
+def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """The validated recipe. Raises RecipeError naming the file, every faulty key and the mend."""
+    file = Path(path)
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot read the recipe ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}: not a text file in UTF-8; a recipe is YAML") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"{file}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}"
+        )
+    for item in overrides:
+        _override(raw, item)
+    return from_dict(raw, str(file))
+
+
+def from_dict(raw: dict[str, Any], where: str = "recipe") -> Recipe:
+    """The validated recipe of a mapping; ``where`` opens the message of a RecipeError."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{where}:\n" + "\n".join(explain(error, Recipe))) from error
+
+
+def configure(method: Any, ref: MethodRef, key: str) -> Any:
+    """The validated settings of a method that a recipe names under ``key``.
+
+    Raises RecipeError naming the key, what is wrong with it and the nearest known name.
+    """
+    try:
+        return method.Settings(**ref.settings())
+    except ValidationError as error:
+        lines = explain(error, method.Settings)
+        raise RecipeError(f"{key} {ref.name!r}:\n" + "\n".join(lines)) from error
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether an error is a message for the user: one of our classes, or our code's ValueError.
+
+    Anything else is a fault to be seen with its traceback.
+    """
+    if type(error).__module__.startswith(("mlalign", "data_builders")):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return isinstance(error, ValueError) and where.startswith(("mlalign", "data_builders"))
+
+
+def save(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe as YAML."""
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One line per fault: the dotted key, what is wrong, and the nearest known key."""
+    lines = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            known = _known_keys(model, fault["loc"][:-1])
+            near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            lines.append(f"  {key}: unknown key; {hint}")
+        else:
+            lines.append(f"  {key or '(recipe)'}: {fault['msg']}")
+    return lines
+
+
+def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    current: Any = model
+    for part in location:
+        if not (isinstance(current, type) and issubclass(current, BaseModel)):
+            return []
+        field = current.model_fields.get(str(part))
+        if field is None:
+            # A union member's name stands in the location where the type is a union.
+            continue
+        current = _section_of(field.annotation)
+    return sorted(current.model_fields) if isinstance(current, type) else []
+
+
+def _section_of(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _section_of(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {item!r}: write key=value, e.g. train.learning_rate=1e-5")
+    *path, last = key.strip().split(".")
+    node: Any = raw
+    for part in path:
+        index = _index(node, part, item)
+        if isinstance(node, dict):
+            if node.get(index) is None:
+                node[index] = {}
+            elif isinstance(node[index], str) and part in ("objective", "source", "judge"):
+                node[index] = {"name": node[index]}
+        node = node[index]
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-5 as text; a number is meant.
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    node[_index(node, last, item)] = value
+
+
+def _index(node: Any, part: str, item: str) -> str | int:
+    if isinstance(node, dict):
+        return part
+    if not isinstance(node, list):
+        raise RecipeError(f"override {item!r}: {part!r} lies in {node!r}, which has no keys")
+    if not part.isdigit() or int(part) >= len(node):
+        raise RecipeError(
+            f"override {item!r}: {part!r} is no item of a list of {len(node)}; count from 0"
+        )
+    return int(part)

@@ -1,0 +1,1 @@
+"""Training stages. The only room that imports trl, accelerate and deepspeed."""

@@ -1,0 +1,177 @@
+"""Train one arm: its pairs, one adapter (or the whole model), its probes, its checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from mlalign import methods
+from mlalign.data.collate import Collator, TokenisedPair, tokenise
+from mlalign.data.reader import DataError, load_pairs
+from mlalign.models._vlm import VLM
+from mlalign.models.loading import dtype_of, load_vlm, lora_config
+from mlalign.recipe import Recipe, configure
+from mlalign.runlog import RunLog
+from mlalign.store import fingerprint, folder_atomic
+from mlalign.train import checkpoints, launch
+from mlalign.train.trainer import DPOConfig, PreferenceTrainer
+
+
+def train_arm(recipe: Recipe, arm: str, run: Path) -> PreferenceTrainer:
+    """Train ``arm`` of a recipe into ``run/<arm>``; resume from its last complete checkpoint.
+
+    Pairs are read from ``recipe.data.pairs[arm]``, else from ``run/data/<arm>`` where the build
+    left them. Writes ``run/<arm>/adapter`` in PEFT's format (or ``run/<arm>/model``). Every process
+    of the launch calls this. Raises DataError, ModelError, LaunchError before the first step.
+    """
+    recipe = recipe.model_copy(update={"train": recipe.train_of(arm)})
+    folder = run / arm
+    source = Path(recipe.data.pairs.get(arm, run / "data" / arm))
+    if not source.exists():
+        raise DataError(f"{source}: no pairs for {arm!r}. Run `mlalign build` on the recipe first")
+    launch.join(recipe.launch)
+    arguments = training_arguments(recipe, folder)
+    main = arguments.process_index == 0
+    log = RunLog(run, enabled=main)
+    # After the arguments, so that ZeRO-3 shards the weights while they load.
+    vlm = load_vlm(recipe.model)
+    pairs, skips = load_pairs(source, bad_records=recipe.data.bad_records)
+    tokenised, cut = tokenise(vlm, pairs, recipe.train.max_length, quiet=not main)
+    for skip in cut:
+        skips[skip.reason] += 1
+    if main and skips:
+        log.event(arm, "pairs skipped", counts=dict(skips), examples=[s.detail for s in cut[:3]])
+        print(f"{arm}: skipped {sum(skips.values())} pairs: {dict(skips)}", flush=True)
+    _enough(tokenised, recipe, source, skips)
+    trainer = _trainer(recipe, arm, vlm, tokenised, arguments, log, fingerprint(source))
+    _add_probes(recipe, arm, run, trainer, vlm, log)
+    last = checkpoints.last_complete(folder / "checkpoints")
+    if last is not None:
+        checkpoints.check(last, trainer.checkpoint_facts)
+        log.rewind(arm, int(last.name.rpartition("-")[2]))
+        log.event(arm, "resumed", checkpoint=str(last))
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    save_result(trainer, vlm, folder)
+    return trainer
+
+
+def training_arguments(recipe: Recipe, folder: Path) -> DPOConfig:
+    """TRL's arguments from a recipe. No default of TRL's that changes a result is left unsaid."""
+    train = recipe.train
+    processes = launch.world_size()
+    bf16 = dtype_of(recipe.model) == torch.bfloat16
+    return DPOConfig(
+        output_dir=str(folder / "checkpoints"),
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        learning_rate=train.learning_rate,
+        per_device_train_batch_size=train.micro_batch_size,
+        gradient_accumulation_steps=launch.accumulation(
+            train.batch_size, train.micro_batch_size, processes
+        ),
+        num_train_epochs=train.epochs or 1.0,
+        max_steps=train.steps or -1,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=train.warmup,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        gradient_checkpointing=train.gradient_checkpointing,
+        max_length=None,  # our collator cuts, and counts what it cuts
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        save_strategy="steps" if train.save_every else "no",
+        save_steps=train.save_every or 500,
+        report_to=recipe.report_to,
+        run_name=f"{recipe.name}/{folder.name}",
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        disable_dropout=train.layout == "shared",
+        deepspeed=launch.deepspeed_config(recipe.launch)
+        if recipe.launch.launcher != "none"
+        else None,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=bf16,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=processes > 1 and launch.rank() != 0,
+    )
+
+
+def save_result(trainer: PreferenceTrainer, vlm: VLM, folder: Path) -> Path:
+    """The adapter in PEFT's own format, or the whole model; written whole or not at all."""
+    accelerator = trainer.accelerator
+    state = accelerator.get_state_dict(
+        trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
+    )
+    model = accelerator.unwrap_model(trainer.model)
+    peft = hasattr(model, "get_base_model")
+    target = folder / ("adapter" if peft else "model")
+    if accelerator.is_main_process:
+        with folder_atomic(target) as aside:
+            model.save_pretrained(aside, state_dict=state, safe_serialization=True)
+            if not peft:
+                vlm.processor.save_pretrained(aside)
+    accelerator.wait_for_everyone()
+    return target
+
+
+def _trainer(
+    recipe: Recipe,
+    arm: str,
+    vlm: VLM,
+    tokenised: list[TokenisedPair],
+    arguments: DPOConfig,
+    log: RunLog,
+    data: str,
+) -> PreferenceTrainer:
+    objective = methods.find("mlalign.objectives", recipe.train.objective.name)
+    collator = Collator(vlm, tokenised, layout=recipe.train.layout, blank=recipe.train.blank_images)
+    full = recipe.model.adapter == "none"
+    rows = {"index": list(range(len(tokenised))), "images": [[] for _ in tokenised]}
+    trainer = PreferenceTrainer(
+        model=vlm.model,
+        ref_model=load_vlm(recipe.model).model if full else None,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=vlm.processor,
+        peft_config=None
+        if recipe.model.adapter == "none"
+        else lora_config(recipe.model.adapter, vlm),
+        objective=objective(configure(objective, recipe.train.objective, "train.objective")),
+        log=log,
+        arm=arm,
+        checkpoint_facts={
+            "data": data,
+            "processes": launch.world_size(),
+            "batch_size": recipe.train.batch_size,
+            "micro_batch_size": recipe.train.micro_batch_size,
+            "seed": recipe.seed,
+        },
+    )
+    vlm.model = trainer.accelerator.unwrap_model(trainer.model)
+    if full:
+        # The tower sees no preference: it stays as it was, as in the published full fine-tunings.
+        vlm.core.model.vision_tower.requires_grad_(False)
+    return trainer
+
+
+def _add_probes(
+    recipe: Recipe, arm: str, run: Path, trainer: PreferenceTrainer, vlm: VLM, log: RunLog
+) -> None:
+    if not recipe.probes.methods:
+        return
+    from mlalign.train.probe_callback import from_recipe
+
+    trainer.add_callback(from_recipe(recipe, arm, run, vlm, log))
+
+
+def _enough(pairs: list[Any], recipe: Recipe, source: Path, skips: Any) -> None:
+    if len(pairs) < recipe.train.batch_size:
+        raise DataError(
+            f"{source}: {len(pairs)} usable pairs, fewer than train.batch_size "
+            f"{recipe.train.batch_size}; skipped: {dict(skips) or 'none'}. Lower the batch size or "
+            "give more pairs"
+        )

@@ -1,0 +1,187 @@
+"""The preference trainer: TRL's DPOTrainer with shared-prefix rows and any objective.
+
+``DPOTrainer.__init__`` keeps the hard cases (PEFT wrapping, a frozen reference, ZeRO-3, QLoRA
+casts); the loss, the batch and the checkpoint are ours. Private names of TRL and transformers that
+this file touches, each asserted by a test: ``_metrics``, ``_get_num_items_in_batch``,
+``_save_checkpoint``, ``_total_train_tokens``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from trl import DPOConfig, DPOTrainer
+
+from mlalign.branching.batch import ObjectiveOut, PrefixBatch, TokenLogps
+from mlalign.branching.logps import completion_logps
+from mlalign.runlog import RunLog
+from mlalign.train import checkpoints
+
+PROGRESS = "MLALIGN_PROGRESS"
+"""Environment variable: print progress as lines that the command line draws as a bar."""
+
+
+class PreferenceTrainer(DPOTrainer):
+    """Trains on ``{"batch": PrefixBatch}`` with an objective of mlalign/objectives.
+
+    The loss of an optimiser step is the sum over its pairs, of all micro-batches and processes,
+    divided by their number. Metrics keep TRL's names.
+    """
+
+    # The loss is already divided by the pairs of the whole step.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: Any,
+        log: RunLog,
+        arm: str,
+        checkpoint_facts: dict[str, Any],
+        keep_checkpoints: int = 2,
+        **kwargs: Any,
+    ) -> None:
+        self.objective = objective
+        self.run_log = log
+        self.arm = arm
+        self.checkpoint_facts = checkpoint_facts
+        self.keep_checkpoints = keep_checkpoints
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, PrefixBatch],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective over the batch, scaled to the optimiser step."""
+        batch = inputs["batch"].to(self.accelerator.device)
+        reference = self.reference_logps(batch)
+        policy = completion_logps(model, batch)
+        out = self.objective(policy, reference)
+        world = self.accelerator.num_processes
+        total = batch.num_pairs * world if num_items_in_batch is None else num_items_in_batch
+        # Gradients are averaged over processes, so each one's sum counts `world` times.
+        loss = out.per_pair_N.sum() * world / total
+        self._record(batch, policy, reference, out)
+        return (loss, {"per_pair": out.per_pair_N}) if return_outputs else loss
+
+    def reference_logps(self, batch: PrefixBatch) -> TokenLogps:
+        """The frozen reference on the same rows: adapter off, or the second copy. No gradient."""
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            if self.ref_model is not None:
+                return completion_logps(self.ref_model, batch)
+            peft_model = self.accelerator.unwrap_model(self.model)
+            stack.enter_context(peft_model.disable_adapter())
+            return completion_logps(self.model, batch)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Pairs of the optimiser step, over its micro-batches and all processes."""
+        pairs = sum(sample["batch"].num_pairs for sample in batch_samples)
+        return self.accelerator.gather(torch.tensor(pairs, device=device)).sum()
+
+    def _record(
+        self, batch: PrefixBatch, policy: TokenLogps, reference: TokenLogps, out: ObjectiveOut
+    ) -> None:
+        """Metrics under TRL's names, as sums and counts gathered once over the processes."""
+        chosen_C = torch.arange(len(batch.row_C), device=batch.row_C.device) % 2 == 0
+        policy_C, reference_C = policy.sum_C().detach(), reference.sum_C()
+        ratio_N = (policy_C - reference_C)[0::2] - (policy_C - reference_C)[1::2]
+        tokens_C = policy.lengths_C()
+        pairs, tokens = batch.num_pairs, tokens_C.sum()
+        by_pair = {
+            "rewards/chosen": out.chosen_rewards_N.sum(),
+            "rewards/rejected": out.rejected_rewards_N.sum(),
+            "rewards/margins": out.margins_N.sum(),
+            "rewards/accuracies": (out.margins_N > 0).sum(),
+            "logps/chosen": policy_C[chosen_C].sum(),
+            "logps/rejected": policy_C[~chosen_C].sum(),
+            # Not scaled by beta: a wrong sign of beta shows here and nowhere else.
+            "logratios/margins": ratio_N.sum(),
+        }
+        by_chosen = {
+            "logits/chosen": policy.mean_logit_CS[chosen_C].sum(),
+            "mean_token_accuracy": policy.top1_CS[chosen_C].sum(),
+        }
+        by_rejected = {"logits/rejected": policy.mean_logit_CS[~chosen_C].sum()}
+        by_token = {"entropy": policy.entropy_CS.sum()}
+        sums = [*by_pair.values(), *by_chosen.values(), *by_rejected.values(), *by_token.values()]
+        counts = [pairs, tokens_C[chosen_C].sum(), tokens_C[~chosen_C].sum(), tokens]
+        row = torch.stack(
+            [torch.as_tensor(v, device=policy_C.device).float() for v in sums + counts]
+        )
+        row = torch.cat([row, (batch.segment_RT >= 0).sum()[None].float()])
+        row = self.accelerator.gather(row[None]).sum(0).tolist()
+        pairs, chosen, rejected, tokens, seen = row[-5:]
+        mode = "train" if self.model.training else "eval"
+        divisors = [pairs] * len(by_pair) + [chosen] * 2 + [rejected, tokens]
+        names = [*by_pair, *by_chosen, *by_rejected, *by_token]
+        for name, value, divisor in zip(names, row, divisors, strict=False):
+            self._metrics[mode][name].append(value / divisor)
+        for name, value in out.metrics.items():
+            self._metrics[mode][name].append(float(value))
+        if mode == "train":
+            self._total_train_tokens += int(seen)
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+            self._log_pairs(batch, policy_C, reference_C, out)
+
+    def _log_pairs(
+        self, batch: PrefixBatch, policy_C: Tensor, reference_C: Tensor, out: ObjectiveOut
+    ) -> None:
+        columns = zip(
+            batch.ids_C[0::2],
+            out.per_pair_N.tolist(),
+            out.margins_N.tolist(),
+            policy_C[0::2].tolist(),
+            policy_C[1::2].tolist(),
+            reference_C[0::2].tolist(),
+            reference_C[1::2].tolist(),
+            strict=True,
+        )
+        names = ("id", "loss", "margin", "chosen_logps", "rejected_logps")
+        names += ("ref_chosen_logps", "ref_rejected_logps")
+        rows = gather_object([dict(zip(names, values, strict=True)) for values in columns])
+        self.run_log.pairs(self.arm, self.state.global_step + 1, rows)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log to the trackers, and to the run folder."""
+        super().log(logs, start_time)
+        self.run_log.metrics(self.arm, self.state.global_step, logs)
+        if self.run_log.enabled and os.environ.get(PROGRESS) and "loss" in logs:
+            shown = {
+                "description": self.arm,
+                "total": self.state.max_steps,
+                "completed": self.state.global_step,
+                "last": f"loss {logs['loss']:.3f}, accuracy {logs['rewards/accuracies']:.2f}",
+            }
+            print(f"mlalign-progress {json.dumps(shown)}", flush=True)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Written aside, sealed with a manifest, renamed; older ones are rotated away."""
+        target = Path(self.args.output_dir)
+        aside = target / "writing"
+        self.args.output_dir = str(aside)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(target)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            name = f"checkpoint-{self.state.global_step}"
+            checkpoints.seal(aside / name, target / name, self.checkpoint_facts)
+            checkpoints.rotate(target, self.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card per checkpoint: the run folder's manifest and report say more."""
+
+
+__all__ = ["DPOConfig", "PreferenceTrainer"]

@@ -1,0 +1,1 @@
+"""Object vocabularies: one YAML each, read by ``mlalign.objects.vocabulary``."""
