@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -27,6 +28,9 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Remove the run folder firs
 def main() -> None:
     """Entry point: our own errors end with one message and status 2; others with a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Notices of a missing kernel and of a missing GPU, once per import, tell a user nothing.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         app()
     except Exception as error:
@@ -100,6 +104,14 @@ def report(folder: RunArgument) -> None:
     from mlalign import cli_stages as stages
 
     typer.echo(f"report: {stages.report(folder)}")
+
+
+@app.command()
+def seeds(folders: Annotated[list[Path], typer.Argument(help="Run folders, one per seed.")]) -> None:
+    """A Markdown table over runs of one recipe: mean and spread over seeds, before and after."""
+    from mlalign.report.seeds import table
+
+    typer.echo(table(folders))
 
 
 @app.command()

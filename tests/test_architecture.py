@@ -39,7 +39,7 @@ MAY: dict[str, set[str]] = {
     "probes": {"models", "branching", "capture"},
     "benchmarks": {"objects", "generate", "branching", "models"},
     "data": {"branching", "models"},
-    "report": {"_rows", "objects"},
+    "report": {"_rows", "objects", "recipe"},
     "microworld": {"objects"},
     "photos": {"objects", "models", "branching", "train"},
     "train": {

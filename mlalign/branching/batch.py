@@ -49,7 +49,7 @@ class PrefixBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PrefixBatch:
         """The same batch on another device (accelerate calls this by name)."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
             if isinstance(value := getattr(self, f.name), Tensor)
             else value

@@ -68,7 +68,7 @@ def additive_mask(batch: PrefixBatch, dtype: torch.dtype) -> Tensor:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     """The dtype that activations have: that of the embedding, which is never quantised."""
-    inner = model
+    inner: Any = model
     while not hasattr(inner, "get_input_embeddings"):
         inner = inner.module  # a DeepSpeed or DDP wrapper
     return inner.get_input_embeddings().weight.dtype

@@ -129,7 +129,9 @@ class EffnetLite0Model(PreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """The grid of features; further keywords of transformers' vision towers are taken and
         make no difference, as there is one grid and no attention."""
-        x = F.relu6(self.bn0(self.conv_stem(pixel_values)))
+        # As CLIP's tower does: pixels come in float32 whatever the weights are.
+        pixels = pixel_values.to(self.conv_stem.weight.dtype)
+        x = F.relu6(self.bn0(self.conv_stem(pixels)))
         for block in self.blocks:
             x = block(x)
         x = F.relu6(self.bn1(self.conv_head(x)))

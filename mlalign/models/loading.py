@@ -80,7 +80,7 @@ def load_vlm(
     keywords: dict[str, Any] = {"dtype": dtype_of(model), "revision": model.revision}
     if model.quantize != "none":
         keywords["quantization_config"] = _quantization(model)
-    loaded = AutoModelForImageTextToText.from_pretrained(path, **keywords)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(path, **keywords)
     if device is not None and model.quantize == "none":
         loaded = loaded.to(device)
     processor = AutoProcessor.from_pretrained(path, revision=model.revision, backend="pil")

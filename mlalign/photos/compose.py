@@ -89,7 +89,7 @@ def assemble(
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
         tie_word_embeddings=text_config.tie_word_embeddings,
-        pad_token_id=pad_id,
+        pad_token_id=pad_id,  # pyright: ignore[reportCallIssue]
     )
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)

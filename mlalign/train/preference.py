@@ -105,7 +105,7 @@ def save_result(trainer: PreferenceTrainer, vlm: VLM, folder: Path) -> Path:
     state = accelerator.get_state_dict(
         trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
     )
-    model = accelerator.unwrap_model(trainer.model)
+    model: Any = accelerator.unwrap_model(trainer.model)
     peft = hasattr(model, "get_base_model")
     target = folder / ("adapter" if peft else "model")
     if accelerator.is_main_process:

@@ -76,17 +76,19 @@ class PreferenceTrainer(DPOTrainer):
 
     def reference_logps(self, batch: PrefixBatch) -> TokenLogps:
         """The frozen reference on the same rows: adapter off, or the second copy. No gradient."""
+        model: Any = self.model
         with torch.no_grad(), contextlib.ExitStack() as stack:
-            if self.ref_model is not None:
-                return completion_logps(self.ref_model, batch)
-            peft_model = self.accelerator.unwrap_model(self.model)
-            stack.enter_context(peft_model.disable_adapter())
-            return completion_logps(self.model, batch)
+            reference: Any = self.ref_model
+            if reference is not None:
+                return completion_logps(reference, batch)
+            stack.enter_context(self.accelerator.unwrap_model(model).disable_adapter())
+            return completion_logps(model, batch)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Pairs of the optimiser step, over its micro-batches and all processes."""
         pairs = sum(sample["batch"].num_pairs for sample in batch_samples)
-        return self.accelerator.gather(torch.tensor(pairs, device=device)).sum()
+        counts: Any = self.accelerator.gather(torch.tensor(pairs, device=device))
+        return counts.sum()
 
     def _record(
         self, batch: PrefixBatch, policy: TokenLogps, reference: TokenLogps, out: ObjectiveOut
@@ -119,9 +121,11 @@ class PreferenceTrainer(DPOTrainer):
             [torch.as_tensor(v, device=policy_C.device).float() for v in sums + counts]
         )
         row = torch.cat([row, (batch.segment_RT >= 0).sum()[None].float()])
-        row = self.accelerator.gather(row[None]).sum(0).tolist()
+        gathered: Any = self.accelerator.gather(row[None])
+        row = gathered.sum(0).tolist()
         pairs, chosen, rejected, tokens, seen = row[-5:]
-        mode = "train" if self.model.training else "eval"
+        model: Any = self.model
+        mode = "train" if model.training else "eval"
         divisors = [pairs] * len(by_pair) + [chosen] * 2 + [rejected, tokens]
         names = [*by_pair, *by_chosen, *by_rejected, *by_token]
         for name, value, divisor in zip(names, row, divisors, strict=False):
@@ -166,7 +170,7 @@ class PreferenceTrainer(DPOTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Written aside, sealed with a manifest, renamed; older ones are rotated away."""
-        target = Path(self.args.output_dir)
+        target = Path(str(self.args.output_dir))
         aside = target / "writing"
         self.args.output_dir = str(aside)
         try:

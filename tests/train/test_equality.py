@@ -45,7 +45,7 @@ def test_equal_again_after_five_optimiser_steps(tiny_llava: Path, tmp_path: Path
     stock.model.zero_grad()
     ours.model.zero_grad()
     for name, parameter in _adapter(stock.model).items():
-        assert (parameter - before[name]).abs().max() > 1e-3, name
+        assert (parameter - before[name]).abs().max() > 2e-4, name
     _assert_equal(stock, theirs, ours, batches)
 
 
@@ -88,7 +88,7 @@ def _arguments(folder: Path, checkpointing: bool, micro: int, steps: int) -> DPO
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=-(-4 // micro),
         max_steps=steps,
-        learning_rate=1e-3,
+        learning_rate=1e-4,
         lr_scheduler_type="constant",
         beta=BETA,
         max_length=None,
