@@ -22,6 +22,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from mlalign.microworld import language, scenes
 from mlalign.microworld.model import base_folder
+from mlalign.microworld.questions import MAKERS
 from mlalign.microworld.render import render
 
 
@@ -109,16 +110,7 @@ def _score(scene: scenes.Scene, text: str) -> Counter[str]:
     )
 
 
-_ASKED = {
-    "claim": language._ask_claim,
-    "presence": language._ask_presence,
-    "presence_with_color": language._ask_color_presence,
-    "what_is_at": language._ask_what,
-    "color": language._ask_color,
-    "where": language._ask_where,
-    "relation": language._ask_relation,
-    "scene": language._ask_kind,
-}
+_ASKED = {kind: ask for kind, (ask, _) in MAKERS.items() if not kind.startswith("drill")}
 
 
 def check_questions(

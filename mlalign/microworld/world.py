@@ -7,6 +7,7 @@ import random
 
 from mlalign.images import to_png
 from mlalign.microworld import language
+from mlalign.microworld.questions import questions
 from mlalign.microworld.render import render
 from mlalign.microworld.scenes import Scene, make_scene
 from mlalign.records import Dialogue, Example, Facts, ImageRef, ObjectFact
@@ -69,11 +70,11 @@ def dialogue(split: str, index: int, seed: int = 0) -> Dialogue:
 def turns(scene: Scene, rng: random.Random) -> tuple[tuple[str, str], ...]:
     """The turns of a dialogue. A caption comes first or last, each half of the time."""
     if rng.random() >= CAPTION_RATE:
-        return tuple(language.questions(scene, rng, QUESTIONS_ALONE))
+        return tuple(questions(scene, rng, QUESTIONS_ALONE))
     prompt = rng.choices(language.CAPTION_PROMPTS, (3, 1, 1, 1, 1))[0]
     style = rng.choices(range(language.N_STYLES), STYLE_WEIGHTS)[0]
     told = language.caption(scene.kind, language.sft_mentions(scene, rng), style)
-    asked = language.questions(scene, rng, QUESTIONS_WITH_CAPTION)
+    asked = questions(scene, rng, QUESTIONS_WITH_CAPTION)
     described = [(prompt, told)]
     return tuple(described + asked if rng.random() < 0.5 else asked + described)
 

