@@ -107,7 +107,9 @@ def report(folder: RunArgument) -> None:
 
 
 @app.command()
-def seeds(folders: Annotated[list[Path], typer.Argument(help="Run folders, one per seed.")]) -> None:
+def seeds(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, one per seed.")],
+) -> None:
     """A Markdown table over runs of one recipe: mean and spread over seeds, before and after."""
     from mlalign.report.seeds import table
 

@@ -94,9 +94,9 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _row(reading: Any) -> dict[str, Any]:
-    if dataclasses.is_dataclass(reading) and not isinstance(reading, type):
-        return dataclasses.asdict(reading)
-    return dict(reading)
+    if isinstance(reading, Mapping):
+        return dict(reading)
+    return dataclasses.asdict(reading)
 
 
 def _is_later(line: str, arm: str, step: int) -> bool:

@@ -197,3 +197,26 @@ def test_a_recipe_that_is_not_text(tmp_path: Path) -> None:
     file.write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(RecipeError, match=r"r\.yaml"):
         load(file)
+
+
+def test_an_arm_may_train_otherwise() -> None:
+    raw = {
+        "name": "two",
+        "model": {"path": "m"},
+        "data": {
+            "source": "microworld",
+            "builders": [
+                "povid",
+                {"name": "ha_dpo", "train": {"learning_rate": 1e-6, "epochs": 2}},
+            ],
+        },
+        "train": {"objective": "dpo", "learning_rate": 1e-3, "batch_size": 4, "steps": 5},
+    }
+    parsed = from_dict(raw)
+    assert parsed.train_of("povid") == parsed.train
+    changed = parsed.train_of("ha_dpo")
+    assert (changed.learning_rate, changed.steps, changed.epochs) == (1e-6, None, 2)
+    assert changed.batch_size == 4 and "train" not in parsed.data.builders[1].settings()
+    raw["data"]["builders"][1]["train"] = {"learning_rat": 1}
+    with pytest.raises(RecipeError, match="learning_rat"):
+        from_dict(raw)

@@ -1,4 +1,4 @@
-"""Truthful questions about a scene, with their answers: what the base learns to look by. No torch."""
+"""Truthful questions about a scene, with their answers. They teach the base to look. No torch."""
 
 from __future__ import annotations
 

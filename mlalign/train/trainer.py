@@ -81,7 +81,8 @@ class PreferenceTrainer(DPOTrainer):
             reference: Any = self.ref_model
             if reference is not None:
                 return completion_logps(reference, batch)
-            stack.enter_context(self.accelerator.unwrap_model(model).disable_adapter())
+            peft_model: Any = self.accelerator.unwrap_model(model)
+            stack.enter_context(peft_model.disable_adapter())
             return completion_logps(model, batch)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
