@@ -7,7 +7,8 @@ import pytest
 
 from mlalign.judges.facts import METHOD
 from mlalign.microworld import world
-from mlalign.microworld.language import claim_question, questions, true_mentions
+from mlalign.microworld.language import claim_question, true_mentions
+from mlalign.microworld.questions import questions
 from mlalign.microworld.scenes import make_scene
 from mlalign.objects import vocabulary
 from mlalign.records import Example, Facts, ImageRef, ObjectFact
