@@ -51,9 +51,9 @@ class Stage(BaseModel):
     learning_rate: float = Field(gt=0)
     steps: int = Field(ge=1)
     warmup: int = 20
-    rows: int = Field(4, ge=1)
+    rows: int = Field(default=4, ge=1)
     """Photographs per optimiser step."""
-    minutes: float | None = Field(None, gt=0)
+    minutes: float | None = Field(default=None, gt=0)
     """Stop after so long even if steps are left; the schedule follows whichever is further on. The
     log says how many steps were taken."""
 
@@ -77,7 +77,7 @@ class BaseRecipe(BaseModel):
     """Captions in a row."""
     questions: int = 6
     """Yes/no questions of objects in a row, at most."""
-    question_weight: float = Field(1.0, gt=0)
+    question_weight: float = Field(default=1.0, gt=0)
     """Weight of a token of a yes/no answer in the loss, where a token of a text has 1."""
     limit: int | None = None
     """Take only so many photographs (for a trial)."""
@@ -86,7 +86,7 @@ class BaseRecipe(BaseModel):
     """lora alone goes on from OUT's projector."""
     go_on: bool = False
     """The lora stage goes on from OUT's adapter too."""
-    first_epoch: int = Field(0, ge=0)
+    first_epoch: int = Field(default=0, ge=0)
     """Number of the first epoch: another one draws other rows."""
     sample_every: int = 100
     """Steps between printed samples on photographs kept out of training (never the dev split)."""

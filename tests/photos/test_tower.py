@@ -100,6 +100,7 @@ def test_normalisation_is_the_one_that_the_weights_were_trained_with(shared_data
     def mismatch(pixels: torch.Tensor) -> float:
         with torch.no_grad():
             stem = tower.conv_stem(pixels)
+        assert tower.bn0.running_var is not None
         spread = (stem.var((0, 2, 3)) + 1e-3) / (tower.bn0.running_var + 1e-3)
         return float(spread.log().abs().mean())
 
