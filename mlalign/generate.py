@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mlalign.images import open_image
+from mlalign.models._family import ImageInputs
 from mlalign.models._vlm import VLM
 from mlalign.records import ImageRef
 
@@ -138,7 +138,15 @@ def row_seed(seed: int, record_id: str, sample: int) -> int:
 
 def _generate_batch(vlm: VLM, rows: Sequence[tuple[Request, int]], decoding: Decoding) -> list[str]:
     """One text per (request, sample number)."""
-    prefixes = [vlm.prefix_ids(request.prompt) for request, _ in rows]
+    inputs: dict[ImageRef, ImageInputs] = {}
+    for request, _ in rows:
+        if request.image not in inputs:
+            inputs[request.image] = vlm.image(open_image(request.image, request.id))
+    seen = [inputs[request.image] for request, _ in rows]
+    prefixes = [
+        vlm.prefix_ids(request.prompt, image.size)
+        for (request, _), image in zip(rows, seen, strict=True)
+    ]
     width = max(map(len, prefixes))
     ends = end_ids(vlm)
     ids = torch.full((len(rows), width), vlm.pad_id)
@@ -153,31 +161,12 @@ def _generate_batch(vlm: VLM, rows: Sequence[tuple[Request, int]], decoding: Dec
         out = vlm.model.generate(
             input_ids=ids.to(vlm.device),
             attention_mask=mask.to(vlm.device),
-            mm_encoder_outputs={"image": _image_features(vlm, [request for request, _ in rows])},
+            mm_encoder_outputs={"image": vlm.features(seen)},
+            **vlm.family.generation(ids.to(vlm.device), vlm.image_token_id, seen),
             logits_processor=processors,
             generation_config=_plain_config(decoding, ends, vlm.pad_id),
         )
     return [_text(vlm, row, ends) for row in out[:, width:].tolist()]
-
-
-def _image_features(vlm: VLM, requests: Sequence[Request]) -> BaseModelOutputWithPooling:
-    """Features of each row's image, every different image encoded once."""
-    place: dict[ImageRef, int] = {}
-    pixels = []
-    for request in requests:
-        if request.image not in place:
-            place[request.image] = len(pixels)
-            pixels.append(vlm.pixels(open_image(request.image, request.id)))
-    stacked = torch.stack(pixels).to(vlm.device, _vision_dtype(vlm))
-    features = vlm.core.get_image_features(pixel_values=stacked, return_dict=True).pooler_output
-    return BaseModelOutputWithPooling(
-        pooler_output=[features[place[request.image]] for request in requests]  # type: ignore[arg-type]
-    )
-
-
-def _vision_dtype(vlm: VLM) -> torch.dtype:
-    """The embedding's dtype, which is never quantised."""
-    return vlm.core.get_input_embeddings().weight.dtype
 
 
 def _plain_config(decoding: Decoding, ends: list[int], pad_id: int) -> GenerationConfig:

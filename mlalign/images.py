@@ -51,6 +51,15 @@ def open_image(ref: ImageRef, record_id: str) -> Image.Image:
         ) from error
 
 
+def image_size(ref: ImageRef, record_id: str) -> tuple[int, int]:
+    """(width, height) from the file's header. Raises RecordError as ``open_image`` does."""
+    try:
+        with Image.open(io.BytesIO(ref.read())) as opened:
+            return opened.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return open_image(ref, record_id).size
+
+
 def to_png(image: Image.Image) -> bytes:
     """PNG bytes, the same for the same pixels."""
     buffer = io.BytesIO()

@@ -31,6 +31,7 @@ MAY: dict[str, set[str]] = {
     "vocabularies": {"objects"},
     "branching": set(),
     "models": {"branching", "recipe"},
+    "estimate": {"recipe"},
     "capture": {"models", "branching"},
     "generate": {"models", "branching"},
     "objectives": set(),
@@ -65,10 +66,13 @@ LAZY: dict[str, set[str]] = {
 }
 """Command-line modules that may import more, inside a function."""
 
-ANYTHING = frozenset({"cli", "cli_stages", "__main__"})
+ANYTHING = frozenset({"cli", "cli_stages", "cli_estimate", "cli_bench", "__main__"})
 """The command line and its stages."""
 TRAINERS = frozenset({"trl", "accelerate", "deepspeed"})
-GATHERS = {"mlalign.probes.neuron_drift": {"deepspeed"}}
+GATHERS = {
+    "mlalign.probes.neuron_drift": {"deepspeed"},
+    "mlalign.models._vision": {"deepspeed"},
+}
 """Weights that ZeRO-3 shards can be read through DeepSpeed only; inside a function."""
 NO_TORCH = frozenset({"", "records", "store", "_rows", "methods", "images", "recipe", "objects"})
 HEAVY = frozenset({"torch", "transformers", "trl", "peft", "deepspeed", "accelerate"})

@@ -46,8 +46,8 @@ def test_greedy_is_the_argmax_of_a_plain_forward(vlm: VLM, requests: list[Reques
 
     texts = generate(vlm, requests, Decoding(max_new_tokens=5), batch_size=5)
     for request, (text,) in zip(requests, texts, strict=True):
-        pixels = vlm.pixels(open_image(request.image, request.id))[None].double()
-        ids = vlm.prefix_ids(request.prompt)
+        pixels = vlm.image(open_image(request.image, request.id)).tensors["pixel_values"].double()
+        ids = vlm.prefix_ids(request.prompt, (96, 96))
         start = len(ids)
         for _ in range(5):
             with torch.no_grad():

@@ -12,7 +12,6 @@ import torch
 from tqdm.auto import tqdm
 
 from mlalign.benchmarks._items import Metric, Row, by_image, ratio
-from mlalign.branching.layout import lay_out
 from mlalign.branching.logps import completion_logps
 from mlalign.generate import undisturbed
 from mlalign.images import open_image
@@ -49,18 +48,18 @@ def metrics(rows: Sequence[Row]) -> dict[str, Metric]:
 
 
 def _measure_batch(vlm: VLM, examples: Sequence[Example]) -> list[Row]:
-    branches = [vlm.branch_ids(e.prompt, [e.facts.captions[0]], e.id) for e in examples]
-    dtype = vlm.core.get_input_embeddings().weight.dtype
-    batch = lay_out(
+    seen = [vlm.image(open_image(e.image, e.id)) for e in examples]
+    branches = [
+        vlm.branch_ids(e.prompt, [e.facts.captions[0]], inputs.size, e.id)
+        for e, inputs in zip(examples, seen, strict=True)
+    ]
+    batch = vlm.rows(
         [prefix for prefix, _ in branches],
         [completions for _, completions in branches],
-        pad_id=vlm.pad_id,
-        pixel_values=torch.stack([vlm.pixels(open_image(e.image, e.id)) for e in examples]).to(
-            dtype
-        ),
+        seen,
         ids=[[e.id] for e in examples],
     )
-    out = completion_logps(vlm.model, batch.to(vlm.device))
+    out = completion_logps(vlm.model, vlm.encode(batch.to(vlm.device)))
     sums, lengths = out.sum_C().tolist(), out.lengths_C().tolist()
     return [
         {

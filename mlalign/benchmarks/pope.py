@@ -27,7 +27,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from tqdm.auto import tqdm
 
 from mlalign.benchmarks._items import Item, Metric, Row, by_image, gold_objects, mean_of, ratio
-from mlalign.branching.layout import common_prefix, lay_out
 from mlalign.branching.logps import next_token_logps
 from mlalign.generate import Decoding, Request, generate, undisturbed
 from mlalign.images import open_image
@@ -249,24 +248,21 @@ def _poll_batch(
     vlm: VLM, items: Sequence[Item], images: Sequence[Sequence[int]]
 ) -> list[tuple[int, str]]:
     """(place of the item, answer) for the items of each image."""
-    prefixes, completions, pixels = [], [], []
-    for group in images:
-        ids = [vlm.prefix_ids(items[place].prompt) for place in group]
-        # At least one token is left to each question: the answer follows its last one.
-        shared = min(common_prefix(ids), min(map(len, ids)) - 1)
-        prefixes.append(ids[0][:shared])
-        completions.append([each[shared:] for each in ids])
-        first = items[group[0]]
-        pixels.append(vlm.pixels(open_image(first.image, first.example_id)))
-    dtype = vlm.core.get_input_embeddings().weight.dtype
-    batch = lay_out(
-        prefixes,
-        completions,
-        pad_id=vlm.pad_id,
-        pixel_values=torch.stack(pixels).to(dtype),
+    first = [items[group[0]] for group in images]
+    seen = [vlm.image(open_image(item.image, item.example_id)) for item in first]
+    asked = [
+        vlm.question_ids([items[place].prompt for place in group], inputs.size)
+        for group, inputs in zip(images, seen, strict=True)
+    ]
+    batch = vlm.rows(
+        [prefix for prefix, _ in asked],
+        [branches for _, branches in asked],
+        seen,
         ids=[[items[place].id for place in group] for group in images],
     )
-    tokens = next_token_logps(vlm.model, batch.to(vlm.device)).argmax(-1).tolist()
+    with torch.no_grad():
+        batch = vlm.encode(batch.to(vlm.device))
+    tokens = next_token_logps(vlm.model, batch).argmax(-1).tolist()
     order = [place for group in images for place in group]
     return [
         (place, vlm.tokenizer.decode([token], skip_special_tokens=True).strip())

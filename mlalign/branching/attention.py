@@ -1,4 +1,9 @@
-"""The one attention function registered with transformers: SDPA, and the rows that probes ask for.
+"""The one attention function registered with transformers, and the rows that probes ask for.
+
+Two exact paths. Dense: SDPA under the mask that the model was given. Split, for rows of branches:
+SDPA of prefix and first completion, causal, without a mask; then the other completions, each block
+of them over the prefix and itself. Split needs no T x T mask, computes nothing between siblings
+and keeps the flash kernels; which one runs is chosen by ``choose``.
 
     with using(vlm.core), capture_rows(vlm.layers, positions, sink):
         model(...)
@@ -24,14 +29,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "mlalign"
-"""What this function is called in ``set_attn_implementation``."""
+from mlalign.branching.layout import visible_rows
+from mlalign.branching.split import NAME, Branches, split_attention
 
 RowSink = Callable[[int, int, Tensor], None]
 """Called with (layer from 0, row of the batch, weights (H, Q, T) float32 without gradient)."""
 
-_EXTRAS = ("softcap", "s_aux", "sliding_window", "position_bias")
-"""Keywords of attention functions that change the weights in ways not recomputed here."""
+_SCORES = ("softcap", "s_aux", "position_bias")
+_EXTRAS = (*_SCORES, "sliding_window")
+"""Keywords of attention functions that change the weights in ways not recomputed here. A sliding
+window is no hindrance where it stands in the mask."""
 
 
 class _Rows:
@@ -44,7 +51,13 @@ class _Rows:
 
     @torch.no_grad()
     def see(
-        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        branches: Branches | None,
     ) -> None:
         """Hand out this module's rows, where it is one of the wanted blocks."""
         layer = self.layer_of.get(id(module))
@@ -57,8 +70,13 @@ class _Rows:
             )
         for number, positions in enumerate(self.rows):
             index = positions.to(query.device)
-            row_mask = None if mask is None else mask[number if mask.shape[0] > 1 else 0]
-            weights_HQT = attention_rows(query[number], key[number], row_mask, index, scaling)
+            if branches is not None:
+                mask_rows = visible_rows(branches.batch, number, index)[None]
+            elif mask is not None:
+                mask_rows = mask[number if mask.shape[0] > 1 else 0][:, index]
+            else:
+                mask_rows = None
+            weights_HQT = attention_rows(query[number], key[number], mask_rows, index, scaling)
             self.sink(layer, number, weights_HQT)
 
 
@@ -86,28 +104,32 @@ def capture_rows(
 
 
 def attention_rows(
-    query_HTd: Tensor, key_GTd: Tensor, mask: Tensor | None, positions_Q: Tensor, scaling: float
+    query_HTd: Tensor,
+    key_GTd: Tensor,
+    mask_rows: Tensor | None,
+    positions_Q: Tensor,
+    scaling: float,
 ) -> Tensor:
     """(H, Q, T) float32: attention of one batch row at the query positions.
 
-    ``key_GTd`` has G key-value heads, each serving H / G query heads. ``mask``: bool (True may be
-    attended) or additive, (1 or H, T, T); None means causal over as many keys as queries, or one
-    query that sees all keys.
+    ``key_GTd`` has G key-value heads, each serving H / G query heads. ``mask_rows``: bool (True
+    may be attended) or additive, (1 or H, Q, T); None means causal over as many keys as queries,
+    or one query that sees all keys.
     """
     heads, queries, _ = query_HTd.shape
     keys = key_GTd.shape[1]
     key_HTd = key_GTd.float().repeat_interleave(heads // key_GTd.shape[0], dim=0)
     scores_HQT = query_HTd[:, positions_Q].float() @ key_HTd.transpose(1, 2) * scaling
-    if mask is None:
+    if mask_rows is None:
         if queries not in (1, keys):
             raise ValueError(f"no mask for {queries} queries over {keys} keys: give a 4-D mask")
         if queries > 1:
             later = torch.arange(keys, device=query_HTd.device) > positions_Q[:, None]
             scores_HQT = scores_HQT.masked_fill(later, float("-inf"))
-    elif mask.dtype == torch.bool:
-        scores_HQT = scores_HQT.masked_fill(~mask[:, positions_Q], float("-inf"))
+    elif mask_rows.dtype == torch.bool:
+        scores_HQT = scores_HQT.masked_fill(~mask_rows, float("-inf"))
     else:
-        scores_HQT = scores_HQT + mask[:, positions_Q].float()
+        scores_HQT = scores_HQT + mask_rows.float()
     return scores_HQT.softmax(-1)
 
 
@@ -119,26 +141,30 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    branches: Branches | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA, as transformers calls it; and the rows of an open ``capture_rows``."""
-    out = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
-    )
+    """Attention, as transformers calls it, by either path; and the rows of an open
+    ``capture_rows``. Returns (R, T, H, d)."""
+    keywords = {**keywords, "dropout": dropout, "scaling": scaling}
+    if branches is None:
+        out = sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)[0]
+    else:
+        out = split_attention(module, query, key, value, branches.batch, keywords)
     if _open is not None:
         for extra in _EXTRAS:
-            if keywords.get(extra) is not None:
+            if keywords.get(extra) is not None and (attention_mask is None or extra in _SCORES):
                 raise ValueError(f"attention with {extra} cannot be read row by row yet")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        _open.see(module, query, key, attention_mask, scale)
-    return out
+        _open.see(module, query, key, attention_mask, scale, branches)
+    return out, None
 
 
 def use(core: Any) -> None:
     """Make the language model of ``core`` attend by this function; the vision tower stays as it is.
 
-    Raises ValueError as ``refuse`` does: soft-capped scores, sinks and sliding windows are not a
-    plain softmax over the mask.
+    Raises ValueError as ``refuse`` does: soft-capped scores and sinks are not a plain softmax over
+    the mask. A sliding window is, where it stands in the mask.
     """
     refuse(core)
     core.set_attn_implementation({"text_config": NAME})
@@ -147,7 +173,7 @@ def use(core: Any) -> None:
 @contextlib.contextmanager
 def using(core: Any) -> Iterator[None]:
     """``use`` inside the context; the implementation that was set before comes back after it."""
-    before = core.config.text_config._attn_implementation
+    before = core.config.get_text_config()._attn_implementation
     if before == NAME:
         refuse(core)
         yield
@@ -161,14 +187,10 @@ def using(core: Any) -> Iterator[None]:
 
 def refuse(core: Any) -> None:
     """Raise ValueError, naming the feature, where ``attention_rows`` would not be the weights."""
-    text = core.config.text_config
+    text = core.config.get_text_config()
     kind = getattr(text, "model_type", type(text).__name__)
     if getattr(text, "attn_logit_softcapping", None) is not None:
         raise ValueError(f"{kind}: soft-capped attention scores (attn_logit_softcapping)")
-    windows = "sliding_attention" in (getattr(text, "layer_types", None) or ())
-    windows = windows or getattr(text, "sliding_window", None) is not None
-    if windows and getattr(text, "use_sliding_window", True):
-        raise ValueError(f"{kind}: sliding-window attention (sliding_window)")
     for name, module in core.named_modules():
         if getattr(module, "sinks", None) is not None:
             raise ValueError(f"{kind}: attention sinks ({name}.sinks)")

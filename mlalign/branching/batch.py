@@ -1,14 +1,16 @@
 """The types that pass between data, model, objective and probe, and the legend of shape letters.
 
-Suffix letters on tensor names: R rows (one prefix each), T tokens of a row, C completions (all
-rows, in row order), S tokens of the longest completion, K completions of one row, N pairs,
-V vocabulary, D width, L layers, H heads, P image tokens of one image.
+Suffix letters on tensor names: R rows, G groups (one prefix and its completions; a row holds one,
+or several where rows are packed), T tokens of a row, C completions (all groups, in the order in
+which they were given), S tokens of the longest completion, K completions of one group, N pairs,
+V vocabulary, D width, L layers, H heads, P image tokens of one image, A rows of positions, M real
+completion tokens of the whole batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,18 +21,35 @@ PREFIX = 0
 """Segment number of the prefix; completions of a row are 1..K."""
 
 
+class Group(NamedTuple):
+    """Where one prefix and its completions stand in a row."""
+
+    start: int
+    """First position of the prefix."""
+    stops: tuple[int, ...]
+    """Where the prefix ends, then where each completion ends (exclusive)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrefixBatch:
-    """Rows of one prefix and its completions: ``[prefix | completion 1 | ... | pad]``."""
+    """Rows of a prefix and its completions: ``[prefix | completion 1 | ... | padding]``.
+
+    Packed rows hold several such groups, one after the other; no group sees another.
+    """
 
     input_ids_RT: Tensor
     """int64; image tokens expanded, padded at the tail with the tokenizer's pad id."""
-    position_ids_RT: Tensor
-    """int64; each completion continues from the last prefix position + 1."""
+    position_ids: Tensor
+    """int64, (R, T), or (A, R, T) for M-RoPE; each completion continues from the prefix's largest
+    position + 1, in every row of positions."""
     segment_RT: Tensor
-    """int64; PADDING, PREFIX or the completion's number in its row."""
-    pixel_values: Tensor
-    """float, one image per row in row order: (R, 3, height, width) for LLaVA."""
+    """int64; PADDING, PREFIX or the completion's number in its group."""
+    group_RT: Tensor
+    """int64; number of the group in its row, PADDING at padding."""
+    place_RT: Tensor
+    """int64; index of the token in its own [prefix | completion]. Sliding windows count these."""
+    groups_R: tuple[tuple[Group, ...], ...]
+    """The groups of each row."""
     row_C: Tensor
     """int64; the row that each completion stands in."""
     source_CS: Tensor
@@ -42,6 +61,18 @@ class PrefixBatch:
     """bool; True at real completion tokens."""
     last_C: Tensor
     """int64; the position (in its row) of each completion's last token."""
+    images: dict[str, Tensor] = field(default_factory=dict)
+    """Inputs of the vision tower for the different images of the batch, each once."""
+    image_G: tuple[int, ...] = ()
+    """Which of these images each group looks at; groups by row, then by place in the row."""
+    features: Any = None
+    """Projected image features as the model takes them (``mm_encoder_outputs["image"]``), one
+    image per group; None until ``VLM.encode``."""
+    block_RT: Tensor | None = None
+    """int64; tokens of one image block attend to each other both ways (Gemma 3); -1 elsewhere."""
+    windows: tuple[tuple[str, int | None], ...] = ()
+    """(layer type, sliding window or None) where masks differ by layer type. A lone ("", window)
+    is one mask for all layers; empty: no window."""
     ids_C: tuple[str, ...] = ()
     """Record id of each completion."""
     sides_C: tuple[str, ...] = ()
@@ -49,13 +80,15 @@ class PrefixBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PrefixBatch:
         """The same batch on another device (accelerate calls this by name)."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            if isinstance(value := getattr(self, f.name), Tensor)
-            else value
-            for f in fields(self)
-        }
-        return PrefixBatch(**moved)
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=non_blocking)
+            if isinstance(value, dict):
+                return {key: moved(each) for key, each in value.items()}
+            return value
+
+        return PrefixBatch(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})
 
     @property
     def num_pairs(self) -> int:

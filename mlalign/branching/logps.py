@@ -1,7 +1,7 @@
 """Log-probs of completions: the only code that gathers, masks and sums them.
 
-The head runs at the positions that predict completion tokens only, and the log-sum-exp is taken
-in float32 whatever the model's dtype.
+One forward pass over the rows, the head at the positions that predict completion tokens only
+(``branching.head``), everything after the logits in float32 whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -12,95 +12,129 @@ import torch
 from torch import Tensor, nn
 
 from mlalign.branching.batch import PrefixBatch, TokenLogps
+from mlalign.branching.head import heads_replaced, project
 from mlalign.branching.layout import attention_mask
+from mlalign.branching.split import Branches, choose
 
 
-def completion_logps(model: nn.Module, batch: PrefixBatch, **forward: Any) -> TokenLogps:
+def completion_logps(
+    model: nn.Module, batch: PrefixBatch, attention: str = "auto", **forward: Any
+) -> TokenLogps:
     """Per-token log-probs of every completion of the batch, by one forward pass. Gradients flow.
 
-    ``model``: anything whose forward is that of a transformers LLaVA (also wrapped by PEFT or a
-    DeepSpeed engine). ``forward``: further keywords for that forward. Raises FloatingPointError,
-    naming the record ids, where a log-prob is not finite.
+    ``model``: anything whose forward is that of a transformers vision-language model (also wrapped
+    by PEFT or a DeepSpeed engine). ``batch``: with ``features`` (``VLM.encode``). ``attention``:
+    dense, split or auto (``branching.attention.choose``). ``forward``: further keywords for that
+    forward. Raises FloatingPointError, naming the record ids, where a log-prob is not finite.
     """
-    keep, index_CS = _kept_positions(batch.source_CS, batch.mask_CS)
-    logits_RUV = _forward(model, batch, keep, **forward)
-    logits_CSV = logits_RUV[batch.row_C[:, None], index_CS].float()
-    out = _token_logps(logits_CSV, batch)
+    rows_M, sources_M = _real(batch, batch.source_CS)
+    target_M = batch.target_CS[batch.mask_CS]
+
+    def head(linear: nn.Linear, hidden_RTD: Tensor) -> Tensor:
+        return project(hidden_RTD[rows_M, sources_M], linear.weight, linear.bias, target_M)
+
+    found_M4 = _forward(model, batch, attention, head, **forward)
+    shape = batch.target_CS.shape
+    table = found_M4.new_zeros(*shape, 4).masked_scatter(batch.mask_CS[..., None], found_M4)
+    out = TokenLogps(
+        logps_CS=table[..., 0],
+        mask_CS=batch.mask_CS,
+        entropy_CS=table[..., 1].detach(),
+        top1_CS=table[..., 2].detach() > 0.5,
+        mean_logit_CS=table[..., 3].detach(),
+    )
     _check_finite(out, batch)
     return out
 
 
-def next_token_logps(model: nn.Module, batch: PrefixBatch, **forward: Any) -> Tensor:
+def next_token_logps(
+    model: nn.Module, batch: PrefixBatch, attention: str = "auto", **forward: Any
+) -> Tensor:
     """(C, V) float32: log-probs of the token that follows each completion. No gradient.
 
-    Raises FloatingPointError where they are not finite.
+    Raises FloatingPointError, naming the record ids, where they are not finite.
     """
-    last_C1 = batch.last_C[:, None]
-    keep, index_CS = _kept_positions(last_C1, torch.ones_like(last_C1, dtype=torch.bool))
+
+    def head(linear: nn.Linear, hidden_RTD: Tensor) -> Tensor:
+        hidden_CD = hidden_RTD[batch.row_C, batch.last_C]
+        return nn.functional.linear(hidden_CD, linear.weight, linear.bias)
+
     with torch.no_grad():
-        logits_RUV = _forward(model, batch, keep, **forward)
-        logits_CV = logits_RUV[batch.row_C, index_CS[:, 0]].float()
-        logps_CV = logits_CV.log_softmax(-1)
-    if not torch.isfinite(logps_CV.amax(-1)).all():
-        raise FloatingPointError("the model returned logits that are not finite")
+        logps_CV = _forward(model, batch, attention, head, **forward).float().log_softmax(-1)
+    _refuse(~torch.isfinite(logps_CV.amax(-1)), batch)
     return logps_CV
 
 
-def _forward(model: nn.Module, batch: PrefixBatch, keep: Tensor, **forward: Any) -> Tensor:
-    """Logits (R, U, V) at the kept positions U (the same columns for every row)."""
-    return model(
-        input_ids=batch.input_ids_RT,
-        pixel_values=batch.pixel_values,
-        attention_mask=additive_mask(batch, _dtype(model)),
-        position_ids=batch.position_ids_RT,
-        logits_to_keep=keep,
-        use_cache=False,
-        **forward,
-    ).logits
+def _forward(
+    model: nn.Module, batch: PrefixBatch, attention: str, head: Any, **forward: Any
+) -> Tensor:
+    """What ``head(linear, hidden states (R, T, D))`` gives in the output head's place."""
+    if batch.features is None:
+        raise ValueError("the batch has no image features: take it through VLM.encode first")
+    core = unwrap(model)
+    path = choose(core, batch, attention)
+    keywords: dict[str, Any] = {}
+    if path == "split":
+        keywords["branches"] = Branches(batch)
+        # A 4-D mask is handed on unchanged; the split path looks at the branches only.
+        mask: Any = batch.segment_RT.new_zeros(1, 1, 1, 1, dtype=torch.bool)
+    else:
+        mask = model_masks(batch, _dtype(core))
+    with heads_replaced(core.get_output_embeddings(), head):
+        return model(
+            input_ids=batch.input_ids_RT,
+            attention_mask=mask,
+            position_ids=batch.position_ids,
+            mm_encoder_outputs={"image": batch.features},
+            use_cache=False,
+            **keywords,
+            **forward,
+        ).logits
 
 
-def additive_mask(batch: PrefixBatch, dtype: torch.dtype) -> Tensor:
-    """The 4-D mask that transformers hands on unchanged: 0 where seen, else the dtype's lowest."""
-    seen = attention_mask(batch.segment_RT)
+def model_masks(batch: PrefixBatch, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """The batch's 4-D mask, or one for each layer type, as transformers hands them on unchanged."""
+    if not batch.windows:
+        return additive_mask(batch, dtype)
+    masks = {kind: additive_mask(batch, dtype, window) for kind, window in batch.windows}
+    return masks.get("", masks)
+
+
+def additive_mask(batch: PrefixBatch, dtype: torch.dtype, window: int | None = None) -> Tensor:
+    """(R, 1, T, T): 0 where seen, else the dtype's lowest."""
+    seen = attention_mask(batch, window)
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that activations have: that of the embedding, which is never quantised."""
+def unwrap(model: nn.Module) -> Any:
+    """The transformers model inside DeepSpeed, DDP and PEFT wrappers."""
     inner: Any = model
-    while not hasattr(inner, "get_input_embeddings"):
-        inner = inner.module  # a DeepSpeed or DDP wrapper
-    return inner.get_input_embeddings().weight.dtype
+    while True:
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif hasattr(inner, "module") and not hasattr(inner, "get_output_embeddings"):
+            inner = inner.module
+        else:
+            return inner
 
 
-def _kept_positions(source_CS: Tensor, mask_CS: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns at which the head must run, and where each source position lies among them."""
-    keep = torch.unique(source_CS[mask_CS])
-    index_CS = torch.searchsorted(keep, source_CS.clamp(min=int(keep[0]), max=int(keep[-1])))
-    return keep, index_CS
+def _dtype(core: Any) -> torch.dtype:
+    """The dtype that activations have: that of the embedding, which is never quantised."""
+    return core.get_input_embeddings().weight.dtype
 
 
-def _token_logps(logits_CSV: Tensor, batch: PrefixBatch) -> TokenLogps:
-    logps_CSV = logits_CSV.log_softmax(-1)
-    logps_CS = logps_CSV.gather(-1, batch.target_CS[..., None])[..., 0]
-    mask_CS = batch.mask_CS
-    with torch.no_grad():
-        detached = logps_CSV.detach()
-        entropy_CS = -(detached.exp() * detached).sum(-1)
-        top1_CS = detached.argmax(-1) == batch.target_CS
-        mean_logit_CS = logits_CSV.detach().mean(-1)
-    return TokenLogps(
-        logps_CS=logps_CS.masked_fill(~mask_CS, 0.0),
-        mask_CS=mask_CS,
-        entropy_CS=entropy_CS.masked_fill(~mask_CS, 0.0),
-        top1_CS=top1_CS & mask_CS,
-        mean_logit_CS=mean_logit_CS.masked_fill(~mask_CS, 0.0),
-    )
+def _real(batch: PrefixBatch, source_CS: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and position of every real completion token, completion by completion."""
+    rows_CS = batch.row_C[:, None].expand_as(source_CS)
+    return rows_CS[batch.mask_CS], source_CS[batch.mask_CS]
 
 
 def _check_finite(out: TokenLogps, batch: PrefixBatch) -> None:
-    bad_C = ~torch.isfinite(out.logps_CS).all(-1)
+    _refuse(~torch.isfinite(out.logps_CS).all(-1), batch)
+
+
+def _refuse(bad_C: Tensor, batch: PrefixBatch) -> None:
     if bad_C.any():
         names = [
             batch.ids_C[i] if batch.ids_C else f"completion {i}" for i in bad_C.nonzero()[:, 0]

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from rich.progress import track
-from torch import Tensor
 
 from mlalign.branching.batch import PrefixBatch
-from mlalign.branching.layout import lay_out
-from mlalign.images import open_image
+from mlalign.images import image_size, open_image
+from mlalign.models._family import ImageInputs
 from mlalign.models._vlm import VLM
 from mlalign.records import Preference, Skip
 
@@ -39,13 +37,10 @@ def tokenise(
     """
     done: list[TokenisedPair] = []
     skips: list[Skip] = []
-    limit = min(
-        max_length or vlm.core.config.get_text_config().max_position_embeddings,
-        vlm.core.config.get_text_config().max_position_embeddings,
-    )
+    limit = min(max_length or vlm.max_positions, vlm.max_positions)
     for pair in track(pairs, description="tokenising pairs", disable=quiet or len(pairs) < 500):
         prefix, (chosen, rejected) = vlm.branch_ids(
-            pair.prompt, [pair.chosen, pair.rejected], pair.id
+            pair.prompt, [pair.chosen, pair.rejected], image_size(pair.image, pair.id), pair.id
         )
         room = limit - len(prefix)
         if room <= 0:
@@ -83,7 +78,7 @@ class Collator:
         self.pairs = pairs
         self.layout = layout
         self.blank = blank
-        self._cache: dict[str, Tensor] = {}
+        self._cache: dict[str, ImageInputs] = {}
         self._cached_bytes = 0
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, PrefixBatch]:
@@ -92,34 +87,28 @@ class Collator:
 
     def collate(self, pairs: Sequence[TokenisedPair]) -> PrefixBatch:
         """The pairs as one batch; completions are chosen and rejected by turns."""
-        pixels = [self._pixels(p.pair) for p in pairs]
+        images = [self._image(p.pair) for p in pairs]
         prefixes = [p.prefix for p in pairs]
         completions = [[p.chosen, p.rejected] for p in pairs]
         ids = [[p.pair.id, p.pair.id] for p in pairs]
         sides = [["chosen", "rejected"] for _ in pairs]
         if self.layout == "padded":
             prefixes = [p for p in prefixes for _ in range(2)]
-            pixels = [p for p in pixels for _ in range(2)]
+            images = [i for i in images for _ in range(2)]
             completions = [[c] for both in completions for c in both]
             ids = [[i] for both in ids for i in both]
             sides = [[s] for both in sides for s in both]
-        return lay_out(
-            prefixes,
-            completions,
-            pad_id=self.vlm.pad_id,
-            pixel_values=torch.stack(pixels),
-            ids=ids,
-            sides=sides,
-        )
+        return self.vlm.rows(prefixes, completions, images, ids=ids, sides=sides)
 
-    def _pixels(self, pair: Preference) -> Tensor:
-        if self.blank:
-            return self.vlm.blank()
+    def _image(self, pair: Preference) -> ImageInputs:
         key = pair.image_sha256 or pair.image.sha256()
         if key not in self._cache:
-            pixels = self.vlm.pixels(open_image(pair.image, pair.id))
-            if self._cached_bytes + pixels.nbytes > CACHED_PIXELS:
-                return pixels
-            self._cache[key] = pixels
-            self._cached_bytes += pixels.nbytes
+            image = self.vlm.image(open_image(pair.image, pair.id))
+            if self.blank:
+                image = self.vlm.blank(image)
+            size = sum(tensor.nbytes for tensor in image.tensors.values())
+            if self._cached_bytes + size > CACHED_PIXELS:
+                return image
+            self._cache[key] = image
+            self._cached_bytes += size
         return self._cache[key]

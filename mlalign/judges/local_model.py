@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from mlalign.branching.layout import common_prefix, lay_out
 from mlalign.branching.logps import next_token_logps
 from mlalign.images import open_image
 from mlalign.judges import Answer
-from mlalign.records import Example
+from mlalign.models._family import ImageInputs
+from mlalign.records import Example, ImageRef
 
 
 class Settings(BaseModel):
@@ -96,25 +96,22 @@ class LocalModel:
 
     def _forward(self, examples: list[Example], questions: list[list[str]]) -> list[list[Answer]]:
         vlm = self.vlm
-        prefixes, branches = [], []
-        for asked in questions:
+        inputs: dict[ImageRef, ImageInputs] = {}
+        rows = []
+        for example, asked in zip(examples, questions, strict=True):
+            if example.image not in inputs:
+                inputs[example.image] = vlm.image(open_image(example.image, example.id))
             prompts = [self.settings.template.format(question=question) for question in asked]
-            ids = [list(vlm.prefix_ids(prompt)) for prompt in prompts]
-            # A branch needs a token of its own, also where only one question is asked.
-            shared = min(common_prefix(ids), min(map(len, ids)) - 1)
-            prefixes.append(ids[0][:shared])
-            branches.append([row[shared:] for row in ids])
-        pixels = torch.stack([vlm.pixels(open_image(e.image, e.id)) for e in examples])
-        batch = lay_out(
-            prefixes,
-            branches,
-            pad_id=vlm.pad_id,
-            pixel_values=pixels,
+            rows.append(vlm.question_ids(prompts, inputs[example.image].size))
+        batch = vlm.rows(
+            [prefix for prefix, _ in rows],
+            [branches for _, branches in rows],
+            [inputs[example.image] for example in examples],
             ids=[[e.id] * len(asked) for e, asked in zip(examples, questions, strict=True)],
         ).to(vlm.device)
         base = vlm.adapter_off() if hasattr(vlm, "adapter_off") else contextlib.nullcontext()
         with torch.inference_mode(), base:
-            logps_CV = next_token_logps(vlm.model, batch)
+            logps_CV = next_token_logps(vlm.model, vlm.encode(batch))
         yes, no = self._ids()
         p_yes = logps_CV[:, yes].exp().sum(-1).tolist()
         p_no = logps_CV[:, no].exp().sum(-1).tolist()
@@ -137,7 +134,7 @@ class LocalModel:
         unknown = self.vlm.tokenizer.unk_token_id
         ids = set()
         for word in words:
-            _, completions = self.vlm.branch_ids("Is it so?", [word])
+            _, completions = self.vlm.branch_ids("Is it so?", [word], (64, 64))
             ids.add(completions[0][0])
         # A spelling that the tokenizer does not have would count every unknown word as an answer.
         known = sorted(token for token in ids if token != unknown)

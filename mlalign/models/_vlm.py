@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mlalign.branching.layout import LayoutError, common_prefix
+from mlalign.branching.batch import PrefixBatch
+from mlalign.branching.layout import LayoutError, common_prefix, lay_out
+from mlalign.models import _vision
+from mlalign.models._family import ImageInputs
 
 MAX_RETOKENISED = 2
 """How many tokens at the prompt's end a completion may merge with before it is an error."""
@@ -22,7 +25,7 @@ class VLM:
     """A model, its processor and its family."""
 
     model: Any
-    """LlavaForConditionalGeneration, or a PeftModel around it."""
+    """A transformers vision-language model, or a PeftModel around it."""
     processor: Any
     family: Any
     image_mode: str = "crop"
@@ -55,10 +58,9 @@ class VLM:
         """Placeholder id that stands once for every image token."""
         return self.family.image_token_id(self.core)
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of image tokens."""
-        return self.family.grid(self.processor)
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of the image tokens of an image of ``size`` (w, h)."""
+        return self.family.grid(self.processor, size)
 
     @property
     def pad_id(self) -> int:
@@ -66,24 +68,29 @@ class VLM:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
-    def pixels(self, image: Image.Image) -> Tensor:
-        """(3, height, width) float32 for the vision tower."""
-        return self.family.pixels(self.processor, image, self.image_mode)
+    def image(self, image: Image.Image) -> ImageInputs:
+        """One image as the vision tower takes it."""
+        return self.family.inputs(self.processor, image, self.image_mode)
 
-    def blank(self) -> Tensor:
-        """Pixels of a uniform image of the processor's mean colour: after normalisation, zeros."""
-        return torch.zeros_like(self.pixels(Image.new("RGB", (64, 64))))
+    def blank(self, like: ImageInputs | None = None) -> ImageInputs:
+        """A uniform image of the processor's mean colour, in the layout of ``like``: zeros."""
+        return self.family.blank(self.image(Image.new("RGB", (64, 64))) if like is None else like)
 
     def patch_mask(self, box: tuple[float, float, float, float], size: tuple[int, int]) -> Tensor:
         """Bool (P,): image tokens that the box (pixels of an image of ``size`` (w, h)) touches."""
         return self.family.patch_mask(self.processor, box, size, self.image_mode)
 
-    def prefix_ids(self, prompt: str) -> list[int]:
-        """Ids of the chat template up to and with the assistant's header, image tokens expanded."""
-        return self.family.template_ids(self.processor, [_user(prompt)], True)
+    def prefix_ids(self, prompt: str, size: tuple[int, int]) -> list[int]:
+        """Ids of the chat template up to and with the assistant's header, image tokens expanded
+        for an image of ``size`` (w, h)."""
+        return self.family.template_ids(self.processor, [_user(prompt)], True, size)
 
     def branch_ids(
-        self, prompt: str, completions: Sequence[str], name: str = "record"
+        self,
+        prompt: str,
+        completions: Sequence[str],
+        size: tuple[int, int],
+        name: str = "record",
     ) -> tuple[list[int], list[list[int]]]:
         """The shared prefix and what follows it in each completion, end of turn included.
 
@@ -91,9 +98,9 @@ class VLM:
         common token prefix of these and of the prompt. Raises LayoutError, naming the record,
         where the prefix ends more than two tokens before the prompt does.
         """
-        prompt_ids = self.prefix_ids(prompt)
+        prompt_ids = self.prefix_ids(prompt, size)
         whole = [
-            self.family.template_ids(self.processor, [_user(prompt), _assistant(text)], False)
+            self.family.template_ids(self.processor, [_user(prompt), _assistant(text)], False, size)
             for text in completions
         ]
         shared = common_prefix([prompt_ids, *whole])
@@ -104,6 +111,99 @@ class VLM:
                 "differently. Mend the chat template"
             )
         return prompt_ids[:shared], [ids[shared:] for ids in whole]
+
+    def question_ids(
+        self, prompts: Sequence[str], size: tuple[int, int]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Several prompts on one image: what their templates share, and what follows in each.
+
+        At least one token is left to each, also where only one is asked: the answer follows it.
+        """
+        ids = [self.prefix_ids(prompt, size) for prompt in prompts]
+        shared = min(common_prefix(ids), min(map(len, ids)) - 1)
+        return ids[0][:shared], [each[shared:] for each in ids]
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens that the language model has positions for."""
+        return int(self.core.config.get_text_config().max_position_embeddings)
+
+    def rows(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[Sequence[int]]],
+        images: Sequence[ImageInputs],
+        *,
+        rows: Sequence[Sequence[int]] | None = None,
+        ids: Sequence[Sequence[str]] = (),
+        sides: Sequence[Sequence[str]] = (),
+    ) -> PrefixBatch:
+        """Rows of prefixes and their completions, each prefix with its image (``lay_out``).
+
+        The same ImageInputs object given twice is encoded once. Raises LayoutError where a prefix
+        and completion are longer than the model has positions, naming the record.
+        """
+        different = list({id(image): image for image in images}.values())
+        place = {id(image): number for number, image in enumerate(different)}
+        self._check_length(prefixes, completions, ids)
+        positions = [
+            self.family.positions(self.core, prefix, image)
+            for prefix, image in zip(prefixes, images, strict=True)
+        ]
+        batch = lay_out(
+            prefixes,
+            completions,
+            pad_id=self.pad_id,
+            images=self.family.collate(different),
+            image_of=[place[id(image)] for image in images],
+            positions=None if positions[0] is None else positions,
+            rows=rows,
+            ids=ids,
+            sides=sides,
+        )
+        return _vision.with_masks(self.core, self.family, batch)
+
+    def encode(self, batch: PrefixBatch, model: nn.Module | None = None) -> PrefixBatch:
+        """The batch with image features: one tower call for all of its different images.
+
+        ``model``: whose tower and projector to use (None: this one's); a frozen tower is run
+        without gradient and keeps nothing. Features that are there already stay. Raises
+        LayoutError, naming the record, where image tokens and features do not match.
+        """
+        return _vision.encode(self.core if model is None else model, self.family, batch)
+
+    def features(self, images: Sequence[ImageInputs]) -> Any:
+        """Features of one image per row, as ``mm_encoder_outputs["image"]``; no gradient.
+
+        The same ImageInputs object given twice is encoded once.
+        """
+        different = list({id(image): image for image in images}.values())
+        place = {id(image): number for number, image in enumerate(different)}
+        with torch.no_grad():
+            found = _vision.features(self.core, self.family, self.family.collate(different))
+        return self.family.arrange(found, [place[id(image)] for image in images])
+
+    @property
+    def sees_frozen(self) -> bool:
+        """Whether nothing between pixels and language model trains: then policy and reference
+        share the features of an image."""
+        return _vision.frozen(self.core, self.family)
+
+    def _check_length(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[Sequence[int]]],
+        ids: Sequence[Sequence[str]],
+    ) -> None:
+        for number, (prefix, branches) in enumerate(zip(prefixes, completions, strict=True)):
+            length = len(prefix) + max(map(len, branches), default=0)
+            if length > self.max_positions:
+                name = ids[number][0] if ids and ids[number] else f"row {number}"
+                raise LayoutError(
+                    f"{name}: {len(prefix)} tokens of image and prompt and {length - len(prefix)} "
+                    f"of a completion, but {self.name or 'the model'} has "
+                    f"{self.max_positions} positions. Lower train.max_length, or shorten the record"
+                )
 
     @contextlib.contextmanager
     def adapter_off(self) -> Any:

@@ -9,64 +9,41 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
+
+from mlalign.models._family import Family
 
 
-class Llava:
-    """What is particular to the family. Stateless."""
+class Llava(Family):
+    """What is particular to the family."""
 
     architectures = ("LlavaForConditionalGeneration",)
-    """Class names, in a model's config, that this family serves."""
 
-    @staticmethod
-    def lora_targets(core: nn.Module) -> str:
-        """Regular expression for the linears of the language model's blocks, and of nothing else.
-
-        ``all-linear`` or ``["q_proj", "v_proj"]`` would also adapt the vision tower.
-        """
-        return r".*language_model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj"
-
-    @staticmethod
-    def layers(core: Any) -> nn.ModuleList:
-        """The decoder blocks of the language model, first to last."""
-        return core.model.language_model.layers
-
-    @staticmethod
-    def frozen_towers(core: Any) -> list[nn.Module]:
-        """Modules that see the image only: the tower and the projector."""
-        return [core.model.vision_tower, core.model.multi_modal_projector]
-
-    @staticmethod
-    def image_token_id(core: Any) -> int:
-        """Id of the placeholder that stands once for every image token."""
-        return int(core.config.image_token_id)
-
-    @staticmethod
-    def pixels(processor: Any, image: Image.Image, mode: str) -> Tensor:
-        """(3, height, width) float32. ``mode`` pad: to a square first; crop: as it is."""
+    @classmethod
+    def prepare(cls, image: Image.Image, processor: Any, mode: str) -> Image.Image:
+        """``mode`` pad: to a square first; crop: as it is."""
         if mode == "pad":
-            image = pad_to_square(image, _mean_colour(processor.image_processor))
-        return processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+            return pad_to_square(image, _mean_colour(processor.image_processor))
+        return image
 
-    @staticmethod
-    def template_ids(processor: Any, messages: list[dict[str, Any]], generation: bool) -> list[int]:
-        """Token ids of the chat template over ``messages``, image tokens expanded."""
-        text = processor.apply_chat_template(
-            messages, add_generation_prompt=generation, tokenize=False
-        )
-        expanded = processor.image_token * image_token_count(processor)
-        text = text.replace(processor.image_token, expanded, 1)
-        return list(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+    @classmethod
+    def image_text(cls, processor: Any, size: tuple[int, int]) -> str:
+        """One placeholder for every image token; the same number whatever the size."""
+        return processor.image_token * image_token_count(processor)
 
-    @staticmethod
-    def grid(processor: Any) -> tuple[int, int]:
-        """(rows, columns) of the image tokens."""
+    @classmethod
+    def grid(cls, processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of the image tokens, the same whatever the size."""
         height, width = _input_size(processor)
         return height // processor.patch_size, width // processor.patch_size
 
-    @staticmethod
+    @classmethod
     def patch_mask(
-        processor: Any, box: tuple[float, float, float, float], size: tuple[int, int], mode: str
+        cls,
+        processor: Any,
+        box: tuple[float, float, float, float],
+        size: tuple[int, int],
+        mode: str,
     ) -> Tensor:
         """Bool (P,): the image tokens that ``box`` touches, after the processor's own geometry.
 
@@ -74,7 +51,7 @@ class Llava:
         False where the crop left the box out of view.
         """
         x0, y0, x1, y1 = _into_view(processor, box, size, mode)
-        rows, columns = Llava.grid(processor)
+        rows, columns = cls.grid(processor, size)
         patch = processor.patch_size
         top = torch.arange(rows)[:, None] * patch
         left = torch.arange(columns)[None, :] * patch

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mlalign import methods
+from mlalign.branching.attention import use
+from mlalign.models._processor import load_processor
 from mlalign.models._vlm import VLM
 from mlalign.recipe import LoraSection, ModelSection
 
@@ -83,7 +86,7 @@ def load_vlm(
     loaded: Any = AutoModelForImageTextToText.from_pretrained(path, **keywords)
     if device is not None and model.quantize == "none":
         loaded = loaded.to(device)
-    processor = AutoProcessor.from_pretrained(path, revision=model.revision, backend="pil")
+    processor = load_processor(path, model.revision)
     if model.start_adapter is not None:
         if model.quantize != "none":
             raise ModelError(
@@ -93,9 +96,13 @@ def load_vlm(
     if adapter is not None:
         loaded = load_adapter(loaded, adapter)
     loaded.eval()
-    return VLM(
+    vlm = VLM(
         model=loaded, processor=processor, family=family, image_mode=model.image, name=model.path
     )
+    # What it cannot reproduce keeps its own function, and the dense mask.
+    with contextlib.suppress(ValueError):
+        use(vlm.core)
+    return vlm
 
 
 def load_vlm_from(path: str | Path, **keys: Any) -> VLM:

@@ -42,6 +42,9 @@ from mlalign.photos.compose import PROJECTOR_FILE, compose
 from mlalign.photos.sft_data import Mix, Row, read_photos, rows
 from mlalign.records import ImageRef
 
+SIZE = (224, 224)
+"""Any size: this model has as many image tokens for every one."""
+
 
 class Stage(BaseModel):
     """One stage of training."""
@@ -185,7 +188,7 @@ class Trainer:
         return core.model(
             input_ids=laid.input_ids_RT,
             attention_mask=additive_mask(laid, projected.dtype),
-            position_ids=laid.position_ids_RT,
+            position_ids=laid.position_ids,
             mm_encoder_outputs={"image": SimpleNamespace(pooler_output=list(projected))},
             use_cache=False,
         ).last_hidden_state
@@ -200,8 +203,8 @@ class Trainer:
             prefixes.append(ids[0][0][:shared])
             completions.append([whole[shared:] for whole, _ in ids])
             lengths += [len(whole) - start for whole, start in ids]
-        pixels = torch.zeros(0)  # the projector's output is given in place of pixels
-        laid = lay_out(prefixes, completions, pad_id=self.vlm.pad_id, pixel_values=pixels)
+        # No images: the projector's output is given in their place.
+        laid = lay_out(prefixes, completions, pad_id=self.vlm.pad_id)
         total_C = laid.mask_CS.sum(-1)
         place_S = torch.arange(laid.mask_CS.shape[1])
         first_C = total_C - torch.tensor(lengths)
@@ -209,7 +212,7 @@ class Trainer:
 
     def _ids(self, prompt: str, answer: str) -> tuple[list[int], int]:
         """(ids of the whole turn pair, where the answer starts)."""
-        prefix, (completion,) = self.vlm.branch_ids(prompt, [answer])
+        prefix, (completion,) = self.vlm.branch_ids(prompt, [answer], SIZE)
         return [*prefix, *completion], len(prefix)
 
     def _batches(self, size: int) -> Iterator[list[Row]]:
@@ -236,7 +239,8 @@ class Trainer:
         for start in track(range(0, len(names), 16), "vision tower"):
             part = names[start : start + 16]
             images = [open_image(ImageRef(path=str(folder / name)), name) for name in part]
-            pixels = torch.stack([self.vlm.pixels(image) for image in images])
+            seen = [self.vlm.image(image) for image in images]
+            pixels = self.vlm.family.collate(seen)["pixel_values"]
             grids = tower(pixels).last_hidden_state.to(dtype)
             out.update(
                 {
@@ -261,7 +265,7 @@ class Trainer:
         """Greedy answer on a photograph whose grid is at hand."""
         core = self.vlm.core
         core.set_attn_implementation({"text_config": "sdpa"})
-        ids = torch.tensor([self.vlm.prefix_ids(prompt)])
+        ids = torch.tensor([self.vlm.prefix_ids(prompt, SIZE)])
         projected = core.model.multi_modal_projector(self.features[name][None])
         embeds = core.get_input_embeddings()(ids)
         embeds[ids == self.vlm.image_token_id] = projected[0].to(embeds.dtype)

@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from mlalign.branching.attention import capture_rows, using
+from mlalign.branching.attention import capture_rows, refuse, using
 from mlalign.branching.batch import PADDING, PrefixBatch, ProbeReading
-from mlalign.branching.layout import lay_out
 from mlalign.branching.logps import completion_logps
 from mlalign.capture import capture
 from mlalign.images import open_image
@@ -111,7 +111,9 @@ class ProbePass:
                 "is what it was at step 0. Start the run anew, or train an adapter"
             )
         with _undisturbed(self.vlm), contextlib.ExitStack() as stack:
-            if any(ATTENTION in probe.needs for probe in self.active):
+            # Whatever the probes, where the model allows it: the numbers of one do not depend on
+            # which others run beside it.
+            if any(ATTENTION in probe.needs for probe in self.active) or _allowed(self.vlm):
                 stack.enter_context(using(self.vlm.core))
             local = self._local()
         ranks = _gather(local)
@@ -198,7 +200,7 @@ class ProbePass:
             layer, kind = name.split(".")
             show(HIDDEN, "hidden", int(layer), kind, states_RTD)
 
-        rows = replace(batch.rows, pixel_values=_pixels(self.vlm, batch, view))
+        rows = self.vlm.encode(_seeing(self.vlm, batch, view))
         wanted = {need for probe in probes for need in probe.needs} if view == "image" else set()
         with contextlib.ExitStack() as stack:
             if ATTENTION in wanted:
@@ -236,8 +238,8 @@ class ProbePass:
 
 def _item(vlm: VLM, records: Sequence[ProbeRecord], index: int, vocabulary: FindsObjects) -> Item:
     record = records[index]
-    prefix, completions = vlm.branch_ids(record.prompt, record.texts, record.id)
     image = open_image(record.image, record.id)
+    prefix, completions = vlm.branch_ids(record.prompt, record.texts, image.size, record.id)
     own = record.image.sha256()
     later = [*records[index + 1 :], *records[:index]]
     other = next((r for r in later if r.image.sha256() != own), None)
@@ -246,16 +248,18 @@ def _item(vlm: VLM, records: Sequence[ProbeRecord], index: int, vocabulary: Find
     boxes: dict[str, Tensor] = {}
     for fact in record.facts.objects:
         if fact.box is not None:
-            mask = vlm.patch_mask(fact.box, image.size)
-            if mask.any():
-                boxes[fact.name] = boxes.get(fact.name, torch.zeros_like(mask)) | mask
+            # A family whose image tokens have no grid has no boxes; the other probes run.
+            with contextlib.suppress(NotImplementedError):
+                mask = vlm.patch_mask(fact.box, image.size)
+                if mask.any():
+                    boxes[fact.name] = boxes.get(fact.name, torch.zeros_like(mask)) | mask
     return Item(
         index=index,
         record=record,
         prefix=prefix,
         completions=completions,
-        pixels=vlm.pixels(image),
-        swapped=vlm.pixels(open_image(other.image, other.id)),
+        image=vlm.image(image),
+        swapped=vlm.image(_in_place_of(vlm, open_image(other.image, other.id), image)),
         mentions=tuple(
             tuple(mentions(text, record.facts, vocabulary, vlm.tokenizer, ids, record.id))
             for text, ids in zip(record.texts, completions, strict=True)
@@ -265,11 +269,10 @@ def _item(vlm: VLM, records: Sequence[ProbeRecord], index: int, vocabulary: Find
 
 
 def _batch(vlm: VLM, items: list[Item], longer: int = 0) -> ProbeBatch:
-    rows = lay_out(
+    rows = vlm.rows(
         [item.prefix for item in items],
         [item.completions for item in items],
-        pad_id=vlm.pad_id,
-        pixel_values=torch.stack([item.pixels for item in items]),
+        [item.image for item in items],
         ids=[[item.record.id] * len(COMPLETIONS) for item in items],
         sides=[list(COMPLETIONS)] * len(items),
     )
@@ -291,17 +294,27 @@ def _padded(rows: PrefixBatch, by: int, pad_id: int) -> PrefixBatch:
     return replace(
         rows,
         input_ids_RT=longer(rows.input_ids_RT, pad_id),
-        position_ids_RT=longer(rows.position_ids_RT, 0),
+        position_ids=longer(rows.position_ids, 0),
         segment_RT=longer(rows.segment_RT, PADDING),
+        group_RT=longer(rows.group_RT, PADDING),
+        place_RT=longer(rows.place_RT, 0),
+        block_RT=None if rows.block_RT is None else longer(rows.block_RT, -1),
     )
 
 
-def _pixels(vlm: VLM, batch: ProbeBatch, view: str) -> Tensor:
-    if view == BLANK:
-        return vlm.blank().to(vlm.device).expand_as(batch.rows.pixel_values)
-    if view == SWAPPED:
-        return torch.stack([item.swapped for item in batch.items]).to(vlm.device)
-    return batch.rows.pixel_values
+def _seeing(vlm: VLM, batch: ProbeBatch, view: str) -> PrefixBatch:
+    """The rows with the images of a view."""
+    if view == "image":
+        return batch.rows
+    images = [vlm.blank(i.image) if view == BLANK else i.swapped for i in batch.items]
+    order = tuple(range(len(images)))
+    return replace(batch.rows, images=vlm.family.collate(images), image_G=order)
+
+
+def _in_place_of(vlm: VLM, other: Image.Image, image: Image.Image) -> Image.Image:
+    """The other image, resized where the family would give it another number of tokens."""
+    texts = {vlm.family.image_text(vlm.processor, each.size) for each in (other, image)}
+    return other if len(texts) == 1 else other.resize(image.size)
 
 
 def _mlp_modules(vlm: VLM) -> tuple[dict[str, torch.nn.Module], set[str]]:
@@ -313,6 +326,15 @@ def _mlp_modules(vlm: VLM) -> tuple[dict[str, torch.nn.Module], set[str]]:
         modules[f"{number}.coefficient"] = block.mlp.down_proj
         modules[f"{number}.residual"] = layer
     return modules, {name for name in modules if name.endswith("coefficient")}
+
+
+def _allowed(vlm: VLM) -> bool:
+    """Whether the project's attention function serves this model."""
+    try:
+        refuse(vlm.core)
+    except ValueError:
+        return False
+    return True
 
 
 def _has_adapter(vlm: VLM) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from mlalign.branching.batch import PREFIX, PrefixBatch, ProbeReading, TokenLogps
+from mlalign.models._family import ImageInputs
 from mlalign.models._vlm import VLM
 from mlalign.probes._records import Mention, ProbeRecord
 
@@ -42,9 +43,9 @@ class Item:
     prefix: list[int]
     completions: list[list[int]]
     """Token ids in the order of ``COMPLETIONS``, end of turn included."""
-    pixels: Tensor
-    swapped: Tensor
-    """Pixels of the record's own image, and of the next record's that has another image."""
+    image: ImageInputs
+    swapped: ImageInputs
+    """The record's own image, and the next record's that has another one."""
     mentions: tuple[tuple[Mention, ...], ...]
     """Object words of each completion."""
     boxes: dict[str, Tensor]

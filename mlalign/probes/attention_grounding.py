@@ -25,6 +25,7 @@ beside image_reliance.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -155,12 +156,12 @@ class AttentionGrounding(Probe):
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         self._maps: dict[str, list[dict[str, Any]]] = {}
-        self._grid = (0, 0)
+        self._vlm: VLM | None = None
 
     def prepare(self, vlm: VLM) -> None:
-        """Refuse attention that cannot be read row by row; remember the grid of image tokens."""
+        """Refuse attention that cannot be read row by row."""
         refuse(vlm.core)
-        self._grid = vlm.grid
+        self._vlm = vlm
 
     def watch(self, vlm: VLM, batch: ProbeBatch) -> Watch:
         """Reduces attention rows as they come."""
@@ -173,7 +174,11 @@ class AttentionGrounding(Probe):
         for item in batch.items:
             sides = {"base": before.sides[item.index], "adapted": after.sides[item.index]}
             words = [(COMPLETIONS[c], m, m.name in item.boxes) for c, m in _words(item)]
-            values.append({"id": item.record.id, "words": words, **sides})
+            grid = (0, 0)
+            # Without a grid the masses stand; only boxes and maps need one.
+            with contextlib.suppress(NotImplementedError):
+                grid = self._vlm.grid(item.image.size) if self._vlm is not None else grid
+            values.append({"id": item.record.id, "words": words, "grid": grid, **sides})
         return values
 
     def readings(
@@ -263,8 +268,8 @@ class AttentionGrounding(Probe):
                         "start": mention.start,
                         "end": mention.end,
                         "real": mention.real,
-                        "grid_rows": self._grid[0],
-                        "grid_cols": self._grid[1],
+                        "grid_rows": record["grid"][0],
+                        "grid_cols": record["grid"][1],
                     }
                     rows.append({**row, "values": maps_LP.mean(0).tolist()})
                     by_layer += [

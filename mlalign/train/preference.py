@@ -132,6 +132,7 @@ def _trainer(
     rows = {"index": list(range(len(tokenised))), "images": [[] for _ in tokenised]}
     trainer = PreferenceTrainer(
         model=vlm.model,
+        vlm=vlm,
         ref_model=load_vlm(recipe.model).model if full else None,
         args=arguments,
         data_collator=collator,
@@ -154,7 +155,7 @@ def _trainer(
     vlm.model = trainer.accelerator.unwrap_model(trainer.model)
     if full:
         # The tower sees no preference: it stays as it was, as in the published full fine-tunings.
-        vlm.core.model.vision_tower.requires_grad_(False)
+        vlm.family.frozen_towers(vlm.core)[0].requires_grad_(False)
     return trainer
 
 

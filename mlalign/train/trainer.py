@@ -21,6 +21,7 @@ from trl import DPOConfig, DPOTrainer
 
 from mlalign.branching.batch import ObjectiveOut, PrefixBatch, TokenLogps
 from mlalign.branching.logps import completion_logps
+from mlalign.models._vlm import VLM
 from mlalign.runlog import RunLog
 from mlalign.train import checkpoints
 
@@ -41,6 +42,7 @@ class PreferenceTrainer(DPOTrainer):
     def __init__(
         self,
         *args: Any,
+        vlm: VLM,
         objective: Any,
         log: RunLog,
         arm: str,
@@ -48,6 +50,7 @@ class PreferenceTrainer(DPOTrainer):
         keep_checkpoints: int = 2,
         **kwargs: Any,
     ) -> None:
+        self.vlm = vlm
         self.objective = objective
         self.run_log = log
         self.arm = arm
@@ -64,8 +67,11 @@ class PreferenceTrainer(DPOTrainer):
     ) -> Any:
         """The objective over the batch, scaled to the optimiser step."""
         batch = inputs["batch"].to(self.accelerator.device)
+        if self.vlm.sees_frozen:
+            # One tower call for policy and reference: what an image gives is the same for both.
+            batch = self.vlm.encode(batch, model)
         reference = self.reference_logps(batch)
-        policy = completion_logps(model, batch)
+        policy = completion_logps(model, self.vlm.encode(batch, model))
         out = self.objective(policy, reference)
         world = self.accelerator.num_processes
         total = batch.num_pairs * world if num_items_in_batch is None else num_items_in_batch
@@ -80,10 +86,10 @@ class PreferenceTrainer(DPOTrainer):
         with torch.no_grad(), contextlib.ExitStack() as stack:
             reference: Any = self.ref_model
             if reference is not None:
-                return completion_logps(reference, batch)
+                return completion_logps(reference, self.vlm.encode(batch, reference))
             peft_model: Any = self.accelerator.unwrap_model(model)
             stack.enter_context(peft_model.disable_adapter())
-            return completion_logps(model, batch)
+            return completion_logps(model, self.vlm.encode(batch, model))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Pairs of the optimiser step, over its micro-batches and all processes."""

@@ -96,11 +96,13 @@ def test_clean_caption_loss_is_transformers_own(
 
     nats = tokens = 0.0
     for example in examples[:6]:
-        prefix, (completion,) = vlm.branch_ids(example.prompt, [example.facts.captions[0]])
+        prefix, (completion,) = vlm.branch_ids(
+            example.prompt, [example.facts.captions[0]], (96, 96)
+        )
         ids = torch.tensor([prefix + completion])
         labels = ids.clone()
         labels[:, : len(prefix)] = -100
-        pixels = vlm.pixels(open_image(example.image, example.id))[None]
+        pixels = vlm.image(open_image(example.image, example.id)).tensors["pixel_values"]
         with torch.no_grad():
             loss = vlm.model(input_ids=ids, pixel_values=pixels, labels=labels).loss
         nats, tokens = nats + float(loss) * len(completion), tokens + len(completion)

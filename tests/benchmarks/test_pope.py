@@ -193,8 +193,10 @@ def test_polling_behind_one_prefix_is_asking_one_by_one(vlm: VLM, scenes: list[E
     for item, answer in zip(items, polled, strict=True):
         with torch.no_grad():
             out = vlm.model(
-                input_ids=torch.tensor([vlm.prefix_ids(item.prompt)]),
-                pixel_values=vlm.pixels(open_image(item.image, item.id))[None].double(),
+                input_ids=torch.tensor([vlm.prefix_ids(item.prompt, (96, 96))]),
+                pixel_values=vlm.image(open_image(item.image, item.id))
+                .tensors["pixel_values"]
+                .double(),
             )
         token = int(out.logits[0, -1].argmax())
         assert vlm.tokenizer.decode([token], skip_special_tokens=True).strip() == answer

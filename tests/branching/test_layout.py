@@ -31,7 +31,7 @@ from tests.train.pairs import make_pairs
 @settings(max_examples=40, deadline=None)
 def test_mask_against_its_definition(rows: list) -> None:
     batch = _batch(rows)
-    seen = attention_mask(batch.segment_RT)[:, 0]
+    seen = attention_mask(batch)[:, 0]
     for row, query, key in itertools.product(*map(range, seen.shape)):
         of_query, of_key = int(batch.segment_RT[row, query]), int(batch.segment_RT[row, key])
         if PADDING in (of_query, of_key):
@@ -43,7 +43,7 @@ def test_mask_against_its_definition(rows: list) -> None:
 
 def test_positions_continue_from_the_prefix_and_sources_predict_targets() -> None:
     batch = _batch([(3, [2, 1]), (1, [3])])
-    assert batch.position_ids_RT.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 2, 3, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 2, 3, 0, 0]]
     assert batch.source_CS[:, 0].tolist() == [2, 2, 0]  # the prefix's last token, K times
     assert batch.row_C.tolist() == [0, 0, 1] and batch.last_C.tolist() == [4, 5, 3]
     assert batch.mask_CS.sum(-1).tolist() == [2, 1, 3]
@@ -61,7 +61,7 @@ def test_rows_that_cannot_be_laid_out_are_refused(
     prefixes: list, completions: list, words: str
 ) -> None:
     with pytest.raises(LayoutError, match=words) as caught:
-        lay_out(prefixes, completions, pad_id=0, pixel_values=torch.zeros(1), ids=[["record-7"]])
+        lay_out(prefixes, completions, pad_id=0, ids=[["record-7"]])
     assert "record-7" in str(caught.value)
 
 
@@ -77,11 +77,11 @@ def test_equal_to_separate_unpadded_rows_with_an_adapter(tiny_llava: Path) -> No
         make_pairs(3), (["A red kettle.", "Nothing."], ["No."], None), strict=True
     ):
         answers = texts or [pair.chosen, pair.rejected, "A blue boat."]
-        prefix, branches = vlm.branch_ids(pair.prompt, answers, pair.id)
+        prefix, branches = vlm.branch_ids(pair.prompt, answers, (96, 96), pair.id)
         prefixes.append(prefix)
         completions.append(branches)
-        pixels.append(vlm.pixels(open_image(pair.image, pair.id)))
-    batch = lay_out(prefixes, completions, pad_id=vlm.pad_id, pixel_values=torch.stack(pixels))
+        pixels.append(vlm.image(open_image(pair.image, pair.id)))
+    batch = vlm.encode(vlm.rows(prefixes, completions, pixels))
     together = completion_logps(vlm.model, batch)
     together.logps_CS.sum().backward()
     shared = _take_gradients(vlm)
@@ -90,7 +90,8 @@ def test_equal_to_separate_unpadded_rows_with_an_adapter(tiny_llava: Path) -> No
     for prefix, branches, image in zip(prefixes, completions, pixels, strict=True):
         for branch in branches:
             logits = vlm.model(
-                input_ids=torch.tensor([prefix + branch]), pixel_values=image[None]
+                input_ids=torch.tensor([prefix + branch]),
+                pixel_values=image.tensors["pixel_values"],
             ).logits[0]
             logps = logits.log_softmax(-1)
             expected = logps[len(prefix) - 1 : -1].gather(1, torch.tensor(branch)[:, None])[:, 0]
@@ -105,9 +106,10 @@ def test_equal_to_separate_unpadded_rows_with_an_adapter(tiny_llava: Path) -> No
 
 def test_a_value_that_is_not_finite_names_its_record(tiny_llava: Path) -> None:
     vlm = load_vlm_from(tiny_llava, dtype="float32")
-    prefix, branches = vlm.branch_ids("Describe the image.", ["A red kettle."])
-    pixels = torch.full((1, *vlm.blank().shape), float("nan"))
-    batch = lay_out([prefix], [branches], pad_id=0, pixel_values=pixels, ids=[["pair-nan"]])
+    prefix, branches = vlm.branch_ids("Describe the image.", ["A red kettle."], (96, 96))
+    image = vlm.blank()
+    image.tensors["pixel_values"].fill_(float("nan"))
+    batch = vlm.encode(vlm.rows([prefix], [branches], [image], ids=[["pair-nan"]]))
     with pytest.raises(FloatingPointError, match="pair-nan"):
         completion_logps(vlm.model, batch)
 
@@ -115,7 +117,7 @@ def test_a_value_that_is_not_finite_names_its_record(tiny_llava: Path) -> None:
 def _batch(rows: list) -> object:
     prefixes = [list(range(1, n + 1)) for n, _ in rows]
     completions = [[[7] * length for length in lengths] for _, lengths in rows]
-    return lay_out(prefixes, completions, pad_id=0, pixel_values=torch.zeros(len(rows), 1))
+    return lay_out(prefixes, completions, pad_id=0)
 
 
 def _with_adapter(folder: Path) -> VLM:

@@ -145,7 +145,7 @@ def test_disk_full_leaves_the_old_file_whole(
 def test_a_completion_cut_to_nothing_is_a_counted_skip(tiny_llava: Path) -> None:
     vlm = load_vlm_from(tiny_llava, dtype="float32")
     pair = make_pairs(1)[0]
-    room = len(vlm.prefix_ids(pair.prompt))
+    room = len(vlm.prefix_ids(pair.prompt, (96, 96)))
     done, skips = tokenise(vlm, [pair], room)
     assert not done and skips[0].reason == "no completion token left after max_length"
     assert pair.id in skips[0].detail and "train.max_length" in skips[0].detail
@@ -168,7 +168,7 @@ def test_layouts_hold_the_same_completions(tiny_llava: Path) -> None:
     assert shared.target_CS.equal(padded.target_CS)
     assert shared.input_ids_RT.shape[0] == 2 and padded.input_ids_RT.shape[0] == 4
     blank = Collator(vlm, tokenised, blank=True).collate(tokenised)
-    assert not blank.pixel_values.any() and shared.pixel_values.any()
+    assert not blank.images["pixel_values"].any() and shared.images["pixel_values"].any()
 
 
 def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

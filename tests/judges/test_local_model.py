@@ -37,10 +37,10 @@ def test_equals_plain_forward_of_each_question(vlm):
         for words in (("yes", "Yes"), ("no", "No"))
     )
     for example, questions, given in zip(examples, asked, answers, strict=True):
-        pixels = vlm.pixels(open_image(example.image, example.id))[None]
+        pixels = vlm.image(open_image(example.image, example.id)).tensors["pixel_values"]
         assert len(given) == len(questions)
         for question, answer in zip(questions, given, strict=True):
-            ids = torch.tensor([vlm.prefix_ids(question)])
+            ids = torch.tensor([vlm.prefix_ids(question, (96, 96))])
             with torch.no_grad():
                 logits = vlm.core(input_ids=ids, pixel_values=pixels).logits[0, -1]
             p = logits.softmax(-1)

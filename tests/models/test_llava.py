@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,10 @@ def test_patch_mask_against_painted_pixels(
         painted = plain.copy()
         ImageDraw.Draw(painted).rectangle(tuple(map(round, box)), fill=(250, 0, 0))
         changed = (
-            Llava.pixels(processor, painted, mode) - Llava.pixels(processor, plain, mode)
+            Llava.inputs(processor, painted, mode).tensors["pixel_values"][0]
+            - Llava.inputs(processor, plain, mode).tensors["pixel_values"][0]
         ).abs().amax(0) > 0.5
-        rows, columns = Llava.grid(processor)
+        rows, columns = Llava.grid(processor, (96, 96))
         patch = processor.patch_size
         share = changed.float().reshape(rows, patch, columns, patch).mean((1, 3)).flatten()
         mask = Llava.patch_mask(processor, box, size, mode)
@@ -66,18 +68,20 @@ def test_ids_are_those_of_the_stock_processor(tiny_llava: Path) -> None:
     ]
     text = vlm.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     stock = vlm.processor(images=image, text=text, return_tensors="pt", add_special_tokens=False)
-    assert vlm.prefix_ids(example.prompt) == stock["input_ids"][0].tolist()
-    torch.testing.assert_close(vlm.pixels(image), stock["pixel_values"][0])
-    count = sum(i == vlm.image_token_id for i in vlm.prefix_ids(example.prompt))
-    assert count == vlm.grid[0] * vlm.grid[1]
+    assert vlm.prefix_ids(example.prompt, (96, 96)) == stock["input_ids"][0].tolist()
+    torch.testing.assert_close(
+        vlm.image(image).tensors["pixel_values"][0], stock["pixel_values"][0]
+    )
+    count = sum(i == vlm.image_token_id for i in vlm.prefix_ids(example.prompt, (96, 96)))
+    assert count == math.prod(vlm.grid((96, 96)))
 
 
 def test_branches_continue_the_prompt(tiny_llava: Path) -> None:
     vlm = load_vlm_from(tiny_llava, dtype="float32")
     prefix, (short, long) = vlm.branch_ids(
-        "Describe the image.", ["A red kettle.", "A red kettle and a blue boat."]
+        "Describe the image.", ["A red kettle.", "A red kettle and a blue boat."], (96, 96)
     )
-    assert prefix == vlm.prefix_ids("Describe the image.")
+    assert prefix == vlm.prefix_ids("Describe the image.", (96, 96))
     assert vlm.tokenizer.decode(short, skip_special_tokens=True).strip().lower() == "a red kettle."
     assert short[-1] == vlm.tokenizer.eos_token_id and len(long) > len(short)
 
@@ -133,7 +137,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny_llava: Path, tmp_path: Pat
 
 def _clip_like(processor: object) -> object:
     """CLIP's geometry at the small model's size: shortest edge, then a centre crop."""
-    edge = Llava.grid(processor)[0] * processor.patch_size  # type: ignore[attr-defined]
+    edge = Llava.grid(processor, (96, 96))[0] * processor.patch_size  # type: ignore[attr-defined]
     return CLIPImageProcessor.from_dict(
         {
             "do_resize": True,

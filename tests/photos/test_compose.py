@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -24,8 +26,8 @@ def test_forward_counts_the_image_tokens(vlm) -> None:
         add_generation_prompt=True,
     )
     inputs = vlm.processor(images=picture(), text=text, return_tensors="pt")
-    assert (inputs["input_ids"] == vlm.image_token_id).sum() == 49 == vlm.grid[0] * vlm.grid[1]
-    assert inputs["input_ids"][0].tolist() == vlm.prefix_ids("hi")
+    assert (inputs["input_ids"] == vlm.image_token_id).sum() == 49 == math.prod(vlm.grid((96, 96)))
+    assert inputs["input_ids"][0].tolist() == vlm.prefix_ids("hi", (96, 96))
     with torch.no_grad():
         logits = vlm.model(**inputs).logits
     assert logits.shape == (1, inputs["input_ids"].shape[1], len(vlm.tokenizer))
@@ -33,10 +35,12 @@ def test_forward_counts_the_image_tokens(vlm) -> None:
 
 
 def test_the_image_matters(vlm) -> None:
-    ids = torch.tensor([vlm.prefix_ids("hi")])
+    ids = torch.tensor([vlm.prefix_ids("hi", (96, 96))])
     with torch.no_grad():
         one, two = (
-            vlm.model(input_ids=ids, pixel_values=vlm.pixels(picture(seed))[None]).logits[0, -1]
+            vlm.model(
+                input_ids=ids, pixel_values=vlm.image(picture(seed)).tensors["pixel_values"]
+            ).logits[0, -1]
             for seed in (0, 1)
         )
     assert not torch.allclose(one, two)
@@ -51,7 +55,7 @@ def test_generates(vlm) -> None:
 def test_preprocessing_is_the_towers(vlm) -> None:
     image = picture()
     expected = (torch.tensor(np.asarray(image)).permute(2, 0, 1).float() - 127) / 128
-    assert torch.allclose(vlm.pixels(image), expected, atol=1e-5)
+    assert torch.allclose(vlm.image(image).tensors["pixel_values"][0], expected, atol=1e-5)
 
 
 def test_head_and_embedding_are_one(vlm) -> None:
@@ -97,4 +101,4 @@ def test_the_kept_weights_load_whole(tmp_path) -> None:
 
     kept = load_file(str(compose.WEIGHTS / compose.PROJECTOR_FILE))["linear_1.weight"]
     assert torch.equal(weight, kept)
-    assert trained.grid == (7, 7) and len(trained.layers) == 30
+    assert trained.grid((96, 96)) == (7, 7) and len(trained.layers) == 30

@@ -41,9 +41,11 @@ def test_loss_is_that_of_separate_rows(vlm, trainer: Trainer) -> None:
     vlm.core.set_attn_implementation({"text_config": "sdpa"})
     total, count = 0.0, 0
     for prompt, answer in branches:
-        prefix, (completion,) = vlm.branch_ids(prompt, [answer])
+        prefix, (completion,) = vlm.branch_ids(prompt, [answer], (96, 96))
         ids = torch.tensor([[*prefix, *completion]])
-        pixels = vlm.pixels(Image.open(Path(trainer.recipe.data) / "images" / "0.jpg"))
+        pixels = vlm.image(Image.open(Path(trainer.recipe.data) / "images" / "0.jpg")).tensors[
+            "pixel_values"
+        ][0]
         with torch.no_grad():
             logits = vlm.model(input_ids=ids, pixel_values=pixels[None]).logits[0].float()
         target = ids[0, len(prefix) :]

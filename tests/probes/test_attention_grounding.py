@@ -47,7 +47,11 @@ def test_rows_are_those_that_produce_the_tokens() -> None:
     for completion in item.completions:
         ids = torch.tensor([item.prefix + completion])
         with torch.no_grad():
-            out = vlm.model(input_ids=ids, pixel_values=item.pixels[None], output_attentions=True)
+            out = vlm.model(
+                input_ids=ids,
+                pixel_values=item.image.tensors["pixel_values"],
+                output_attentions=True,
+            )
         image = ids[0] == vlm.image_token_id
         for shift, into in masses.items():
             for t in range(len(item.prefix), ids.shape[1]):
@@ -172,9 +176,7 @@ def test_a_box_out_of_view_is_no_box() -> None:
 
 
 def test_queries_of_a_laid_out_row() -> None:
-    batch = lay_out(
-        [[7, 8, 9]], [[[1, 2], [3, 4, 5]]], pad_id=0, pixel_values=torch.zeros(1, 3, 4, 4)
-    )
+    batch = lay_out([[7, 8, 9]], [[[1, 2], [3, 4, 5]]], pad_id=0)
     made = grounding.ProbeBatch(items=[], rows=batch, image_RT=batch.input_ids_RT == 8)
     first, second = (q.tolist() for q in made.queries(0))
     assert first == [2, 3] and second == [2, 5, 6]

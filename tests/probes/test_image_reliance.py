@@ -32,7 +32,8 @@ def test_equals_two_forwards_by_hand() -> None:
     probes = tiny.new_pass(vlm, [METHOD()])
     readings = probes.run(0)
     item = probes._batches[0].items[1]
-    images = {"image": item.pixels, "blank": torch.zeros_like(item.pixels), "swapped": item.swapped}
+    own, other = (i.tensors["pixel_values"][0] for i in (item.image, item.swapped))
+    images = {"image": own, "blank": torch.zeros_like(own), "swapped": other}
     for completion, group in zip(item.completions, COMPLETIONS, strict=True):
         ids = torch.tensor([item.prefix + completion])
         sums = {}

@@ -56,9 +56,9 @@ def test_equals_brute_force_on_single_records() -> None:
             with torch.no_grad():
                 if off:
                     with vlm.adapter_off():
-                        vlm.model(input_ids=ids, pixel_values=item.pixels[None])
+                        vlm.model(input_ids=ids, pixel_values=item.image.tensors["pixel_values"])
                 else:
-                    vlm.model(input_ids=ids, pixel_values=item.pixels[None])
+                    vlm.model(input_ids=ids, pixel_values=item.image.tensors["pixel_values"])
         hook.remove()
         sides.append([states[len(item.prefix) :] for states in held])
     old, new = (torch.cat(side) for side in sides)

@@ -46,7 +46,8 @@ def test_the_room_holds_the_three_probes() -> None:
 def test_everything_is_put_back() -> None:
     vlm = tiny.with_lora(tiny.new_vlm(), b_std=0.2)
     model = vlm.model
-    tiny.new_pass(vlm, []).run(0)  # transformers adds a hook of its own at the first forward
+    # The first pass imports libraries, and transformers adds a hook of its own at it.
+    tiny.new_pass(vlm, every()).run(0)
     model.train()
     model.get_base_model().gradient_checkpointing_enable()
     frozen = next(m for m in model.modules() if isinstance(m, torch.nn.LayerNorm))
@@ -73,9 +74,9 @@ def test_adapter_is_on_again() -> None:
     vlm = tiny.with_lora(tiny.new_vlm(), b_std=0.2)
     batch = tiny.new_pass(vlm, [])._batches[0]
     with torch.no_grad():
-        before = _pass.completion_logps(vlm.model, batch.rows).logps_CS
+        before = _pass.completion_logps(vlm.model, vlm.encode(batch.rows)).logps_CS
         tiny.run(vlm, every()[2])
-        after = _pass.completion_logps(vlm.model, batch.rows).logps_CS
+        after = _pass.completion_logps(vlm.model, vlm.encode(batch.rows)).logps_CS
     assert torch.equal(before, after)
 
 

@@ -55,7 +55,7 @@ def test_margins_are_not_trivial(tiny_llava: Path, tmp_path: Path) -> None:
     margins = []
     for batch in batches:
         with torch.no_grad():
-            policy = completion_logps(trainer.model, batch)
+            policy = completion_logps(trainer.model, trainer.vlm.encode(batch))
         ratio = policy.sum_C() - trainer.reference_logps(batch).sum_C()
         margins += (ratio[0::2] - ratio[1::2]).abs().tolist()
     assert sum(margin > 0.1 for margin in margins) >= 3
@@ -142,6 +142,7 @@ def _ours(model: Path, folder: Path, checkpointing: bool, steps: int = 1) -> tup
     collator = Collator(vlm, tokenised)
     trainer = PreferenceTrainer(
         model=vlm.model,
+        vlm=vlm,
         args=_arguments(folder, checkpointing, 3, steps),
         data_collator=collator,
         train_dataset=Dataset.from_dict({"index": [0, 1, 2, 3], "images": [[]] * 4}),
@@ -206,7 +207,7 @@ def _our_logps(trainer: PreferenceTrainer, batches: list) -> tuple[dict, float]:
     assert int(pairs) == 4
     for batch in batches:
         with torch.no_grad():
-            logps = completion_logps(trainer.model, batch)
+            logps = completion_logps(trainer.model, trainer.vlm.encode(batch))
         for index, (name, side) in enumerate(zip(batch.ids_C, batch.sides_C, strict=True)):
             number = int(name.rpartition("-")[2])
             out[number, side] = logps.logps_CS[index][logps.mask_CS[index]]
