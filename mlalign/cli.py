@@ -11,12 +11,17 @@ from typing import Annotated
 
 import typer
 
+from mlalign.cli_bench import bench
+from mlalign.cli_estimate import estimate
+
 app = typer.Typer(
     help="Preference alignment for interpretable multimodal LLMs.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(bench)
+app.command()(estimate)
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe file (YAML).")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, e.g. train.learning_rate=1e-5")

@@ -137,9 +137,20 @@ class TrainSection(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_length: int | None = Field(default=None, ge=1)
     """Tokens of prompt and completion; a completion that is cut to nothing is a counted skip."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """auto: off where the estimate without it fits into 0.8 of the free memory (`mlalign estimate`
+    says what it would be), on elsewhere, and for models that cannot be estimated."""
     layout: Literal["shared", "padded"] = "shared"
     """shared: one row per image prefix; padded: one row per completion (needed for dropout)."""
+    pack_to: int | None = Field(default=None, ge=1)
+    """Tokens of a row that several short pairs share; None: a row for every pair."""
+    attention: Literal["auto", "split", "dense"] = "auto"
+    """How rows of branches attend; both are exact. auto: split wherever the model allows it."""
+    reference: Literal["live", "cached"] = "live"
+    """cached: per-token reference log-probs are kept on disk and used again across epochs, sweeps
+    and resumes."""
+    reference_folder: str = "runs/references"
+    """Where caches lie, each in a folder of its own by what it was computed with."""
     save_every: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0: only at the end."""
     log_every: int = Field(default=1, ge=1)
@@ -150,6 +161,8 @@ class TrainSection(Section):
     def _one_length(self) -> TrainSection:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
+        if self.pack_to is not None and self.layout == "padded":
+            raise ValueError("pack_to needs layout: shared")
         return self
 
 

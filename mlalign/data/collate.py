@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.progress import track
 
 from mlalign.branching.batch import PrefixBatch
+from mlalign.branching.layout import pack
 from mlalign.images import image_size, open_image
 from mlalign.models._family import ImageInputs
 from mlalign.models._vlm import VLM
@@ -71,13 +72,17 @@ class Collator:
         *,
         layout: str = "shared",
         blank: bool = False,
+        pack_to: int | None = None,
     ) -> None:
         """``layout``: shared (one row per pair) or padded (one row per completion).
-        ``blank``: every image is replaced by a uniform one (the control)."""
+        ``blank``: every image is replaced by a uniform one (the control). ``pack_to``: several
+        pairs share a row of at most so many tokens."""
         self.vlm = vlm
         self.pairs = pairs
         self.layout = layout
         self.blank = blank
+        self.pack_to = pack_to
+        self._by_id = {p.pair.id: p for p in pairs}
         self._cache: dict[str, ImageInputs] = {}
         self._cached_bytes = 0
 
@@ -98,7 +103,25 @@ class Collator:
             completions = [[c] for both in completions for c in both]
             ids = [[i] for both in ids for i in both]
             sides = [[s] for both in sides for s in both]
-        return self.vlm.rows(prefixes, completions, images, ids=ids, sides=sides)
+        rows = None
+        if self.pack_to is not None:
+            lengths = [
+                len(p) + sum(map(len, c)) for p, c in zip(prefixes, completions, strict=True)
+            ]
+            rows = pack(lengths, self.pack_to)
+        return self.vlm.rows(prefixes, completions, images, rows=rows, ids=ids, sides=sides)
+
+    def with_a_mate(self, batch: PrefixBatch) -> PrefixBatch:
+        """The pairs of a batch again, behind the longest pair of all."""
+        longest = max(self.pairs, key=lambda p: len(p.prefix) + len(p.chosen) + len(p.rejected))
+        return self.collate([longest, *(self._by_id[name] for name in batch.ids_C[0::2])])
+
+    def image_of(self, name: str) -> str:
+        """Text that changes with the image of a record, as it is shown."""
+        if self.blank:
+            return "blank"
+        pair = self._by_id[name].pair
+        return pair.image_sha256 or pair.image.sha256()
 
     def _image(self, pair: Preference) -> ImageInputs:
         key = pair.image_sha256 or pair.image.sha256()

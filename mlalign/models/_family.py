@@ -129,12 +129,19 @@ class Family:
         generation: bool,
         size: tuple[int, int],
     ) -> list[int]:
-        """Token ids of the chat template over ``messages``, image tokens expanded."""
+        """Token ids of the chat template over ``messages``, image tokens expanded.
+
+        The same as the stock ``apply_chat_template(..., tokenize=True)``.
+        """
         text = processor.apply_chat_template(
             messages, add_generation_prompt=generation, tokenize=False
         )
         text = text.replace(cls.placeholder(processor), cls.image_text(processor, size), 1)
-        return list(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        tokenizer = processor.tokenizer
+        # As the stock processors: the tokenizer adds its own BOS unless the template wrote one
+        # (that of LLaVA-1.5 and LLaVA-NeXT does not).
+        written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        return list(tokenizer(text, add_special_tokens=not written)["input_ids"])
 
     @classmethod
     def generation(

@@ -132,10 +132,10 @@ def _without_gradient(module: nn.Module) -> Iterator[None]:
     def leave(*_: Any) -> None:
         torch.set_grad_enabled(before.pop())
 
-    hooks = [
-        module.register_forward_pre_hook(enter, prepend=True),
-        module.register_forward_hook(leave, always_call=True),
-    ]
+    # A list is never called itself: its members are.
+    called = list(module) if isinstance(module, nn.ModuleList) else [module]
+    hooks = [each.register_forward_pre_hook(enter, prepend=True) for each in called]
+    hooks += [each.register_forward_hook(leave, always_call=True) for each in called]
     try:
         yield
     finally:

@@ -140,16 +140,14 @@ class VLM:
     ) -> PrefixBatch:
         """Rows of prefixes and their completions, each prefix with its image (``lay_out``).
 
-        The same ImageInputs object given twice is encoded once. Raises LayoutError where a prefix
-        and completion are longer than the model has positions, naming the record.
+        The same ImageInputs object given twice is encoded once. Raises LayoutError, naming the
+        record, where a prefix and completion are longer than the model has positions, and where the
+        family cannot lay positions because image and image tokens do not fit.
         """
         different = list({id(image): image for image in images}.values())
         place = {id(image): number for number, image in enumerate(different)}
         self._check_length(prefixes, completions, ids)
-        positions = [
-            self.family.positions(self.core, prefix, image)
-            for prefix, image in zip(prefixes, images, strict=True)
-        ]
+        positions = self._positions(prefixes, images, ids)
         batch = lay_out(
             prefixes,
             completions,
@@ -188,6 +186,21 @@ class VLM:
         """Whether nothing between pixels and language model trains: then policy and reference
         share the features of an image."""
         return _vision.frozen(self.core, self.family)
+
+    def _positions(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        images: Sequence[ImageInputs],
+        ids: Sequence[Sequence[str]],
+    ) -> list[Any]:
+        found = []
+        for number, (prefix, image) in enumerate(zip(prefixes, images, strict=True)):
+            try:
+                found.append(self.family.positions(self.core, prefix, image))
+            except LayoutError as error:
+                name = ids[number][0] if ids and ids[number] else f"row {number}"
+                raise LayoutError(f"{name}: {error}") from error
+        return found
 
     def _check_length(
         self,

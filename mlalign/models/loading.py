@@ -82,7 +82,7 @@ def load_vlm(
     family = family_of(config)
     keywords: dict[str, Any] = {"dtype": dtype_of(model), "revision": model.revision}
     if model.quantize != "none":
-        keywords["quantization_config"] = _quantization(model)
+        keywords["quantization_config"] = _quantization(model, family)
     loaded: Any = AutoModelForImageTextToText.from_pretrained(path, **keywords)
     if device is not None and model.quantize == "none":
         loaded = loaded.to(device)
@@ -148,7 +148,7 @@ def lora_config(section: LoraSection, vlm: VLM) -> Any:
     hit = [n for n, m in vlm.core.named_modules() if re.fullmatch(targets, n) and _is_linear(m)]
     if not hit:
         raise ModelError(f"model.adapter.targets: {targets!r} matches no linear of {vlm.name}")
-    strays = [name for name in hit if "language_model" not in name]
+    strays = [name for name in hit if vlm.family.language_model not in name]
     if strays:
         raise ModelError(
             f"model.adapter.targets: {targets!r} also hits {strays[0]} and {len(strays) - 1} more "
@@ -172,12 +172,12 @@ def _is_linear(module: torch.nn.Module) -> bool:
     )
 
 
-def _quantization(model: ModelSection) -> Any:
+def _quantization(model: ModelSection, family: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
     # The tower and projector stay as they are: they are small, and their error would reach
     # every image token.
-    skip = [r".*vision_tower", r".*multi_modal_projector", "lm_head"]
+    skip = [*(rf".*{name}" for name in family.towers), "lm_head"]
     if model.quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(

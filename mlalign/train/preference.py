@@ -11,12 +11,14 @@ from datasets import Dataset
 from mlalign import methods
 from mlalign.data.collate import Collator, TokenisedPair, tokenise
 from mlalign.data.reader import DataError, load_pairs
+from mlalign.models._fingerprint import reference_key
 from mlalign.models._vlm import VLM
 from mlalign.models.loading import dtype_of, load_vlm, lora_config
 from mlalign.recipe import Recipe, configure
 from mlalign.runlog import RunLog
 from mlalign.store import fingerprint, folder_atomic
-from mlalign.train import checkpoints, launch
+from mlalign.train import checkpointing, checkpoints, launch
+from mlalign.train.references import References
 from mlalign.train.trainer import DPOConfig, PreferenceTrainer
 
 
@@ -46,6 +48,9 @@ def train_arm(recipe: Recipe, arm: str, run: Path) -> PreferenceTrainer:
         log.event(arm, "pairs skipped", counts=dict(skips), examples=[s.detail for s in cut[:3]])
         print(f"{arm}: skipped {sum(skips.values())} pairs: {dict(skips)}", flush=True)
     _enough(tokenised, recipe, source, skips)
+    if recipe.train.gradient_checkpointing == "auto":
+        arguments.gradient_checkpointing, why = checkpointing.decide(recipe, vlm, tokenised)
+        log.event(arm, "gradient checkpointing", on=arguments.gradient_checkpointing, why=why)
     trainer = _trainer(recipe, arm, vlm, tokenised, arguments, log, fingerprint(source))
     _add_probes(recipe, arm, run, trainer, vlm, log)
     last = checkpoints.last_complete(folder / "checkpoints")
@@ -54,6 +59,8 @@ def train_arm(recipe: Recipe, arm: str, run: Path) -> PreferenceTrainer:
         log.rewind(arm, int(last.name.rpartition("-")[2]))
         log.event(arm, "resumed", checkpoint=str(last))
     trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if trainer.references is not None:
+        trainer.references.flush()
     save_result(trainer, vlm, folder)
     return trainer
 
@@ -78,7 +85,8 @@ def training_arguments(recipe: Recipe, folder: Path) -> DPOConfig:
         warmup_steps=train.warmup,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        gradient_checkpointing=train.gradient_checkpointing,
+        # auto is decided once the lengths of the data are known.
+        gradient_checkpointing=train.gradient_checkpointing is True,
         max_length=None,  # our collator cuts, and counts what it cuts
         logging_steps=train.log_every,
         logging_first_step=True,
@@ -127,7 +135,16 @@ def _trainer(
     data: str,
 ) -> PreferenceTrainer:
     objective = methods.find("mlalign.objectives", recipe.train.objective.name)
-    collator = Collator(vlm, tokenised, layout=recipe.train.layout, blank=recipe.train.blank_images)
+    train = recipe.train
+    collator = Collator(
+        vlm, tokenised, layout=train.layout, blank=train.blank_images, pack_to=train.pack_to
+    )
+    references = None
+    if train.reference == "cached":
+        key = reference_key(recipe.model, vlm, arm, blank=train.blank_images)
+        references = References(
+            train.reference_folder, key, collator.image_of, arguments.process_index
+        )
     full = recipe.model.adapter == "none"
     rows = {"index": list(range(len(tokenised))), "images": [[] for _ in tokenised]}
     trainer = PreferenceTrainer(
@@ -142,6 +159,8 @@ def _trainer(
         if recipe.model.adapter == "none"
         else lora_config(recipe.model.adapter, vlm),
         objective=objective(configure(objective, recipe.train.objective, "train.objective")),
+        attention=train.attention,
+        references=references,
         log=log,
         arm=arm,
         checkpoint_facts={

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from mlalign.branching.logps import completion_logps
 from mlalign.models._vlm import VLM
 from mlalign.runlog import RunLog
 from mlalign.train import checkpoints
+from mlalign.train.gate import Gate, measure
+from mlalign.train.references import References
 
 PROGRESS = "MLALIGN_PROGRESS"
 """Environment variable: print progress as lines that the command line draws as a bar."""
@@ -44,6 +47,8 @@ class PreferenceTrainer(DPOTrainer):
         *args: Any,
         vlm: VLM,
         objective: Any,
+        attention: str = "auto",
+        references: References | None = None,
         log: RunLog,
         arm: str,
         checkpoint_facts: dict[str, Any],
@@ -52,6 +57,10 @@ class PreferenceTrainer(DPOTrainer):
     ) -> None:
         self.vlm = vlm
         self.objective = objective
+        self.attention = attention
+        self.references = references
+        self.gate: Gate | None = None
+        """What the step-0 gate measured; None before it, and in a resumed run."""
         self.run_log = log
         self.arm = arm
         self.checkpoint_facts = checkpoint_facts
@@ -71,8 +80,10 @@ class PreferenceTrainer(DPOTrainer):
             # One tower call for policy and reference: what an image gives is the same for both.
             batch = self.vlm.encode(batch, model)
         reference = self.reference_logps(batch)
-        policy = completion_logps(model, self.vlm.encode(batch, model))
+        policy = self._logps(model, batch)
         out = self.objective(policy, reference)
+        if self.gate is None and self.is_in_train and self.state.global_step == 0:
+            self._check_start(model, batch, policy, reference, out)
         world = self.accelerator.num_processes
         total = batch.num_pairs * world if num_items_in_batch is None else num_items_in_batch
         # Gradients are averaged over processes, so each one's sum counts `world` times.
@@ -81,15 +92,44 @@ class PreferenceTrainer(DPOTrainer):
         return (loss, {"per_pair": out.per_pair_N}) if return_outputs else loss
 
     def reference_logps(self, batch: PrefixBatch) -> TokenLogps:
-        """The frozen reference on the same rows: adapter off, or the second copy. No gradient."""
+        """The frozen reference on the same rows: adapter off, or the second copy; from the cache
+        where there is one. No gradient."""
+        if self.references is not None:
+            return self.references.get(batch, lambda: self._live_reference(batch))
+        return self._live_reference(batch)
+
+    def _live_reference(self, batch: PrefixBatch) -> TokenLogps:
         model: Any = self.model
         with torch.no_grad(), contextlib.ExitStack() as stack:
             reference: Any = self.ref_model
             if reference is not None:
-                return completion_logps(reference, self.vlm.encode(batch, reference))
+                return self._logps(reference, batch)
             peft_model: Any = self.accelerator.unwrap_model(model)
             stack.enter_context(peft_model.disable_adapter())
-            return completion_logps(model, self.vlm.encode(batch, model))
+            return self._logps(model, batch)
+
+    def _logps(self, model: Any, batch: PrefixBatch) -> TokenLogps:
+        return completion_logps(model, self.vlm.encode(batch, model), self.attention)
+
+    def _check_start(
+        self,
+        model: Any,
+        batch: PrefixBatch,
+        policy: TokenLogps,
+        reference: TokenLogps,
+        out: ObjectiveOut,
+    ) -> None:
+        """The step-0 gate. Raises GateError where the policy is not the reference."""
+        collator: Any = self.data_collator
+        mates = collator.with_a_mate(batch).to(self.accelerator.device)
+        with torch.no_grad():
+            again = self._logps(model, mates)
+        expected = getattr(self.objective, "at_reference", None)
+        dtype = self.vlm.core.get_input_embeddings().weight.dtype
+        self.gate = measure(batch, policy, again, reference, out.per_pair_N, expected, dtype)
+        facts = {k: v for k, v in asdict(self.gate).items() if k != "record"}
+        self.run_log.event(self.arm, "step-0 gate", **facts)
+        self.gate.check("cached" if self.references is not None else "live")
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Pairs of the optimiser step, over its micro-batches and all processes."""
@@ -177,6 +217,8 @@ class PreferenceTrainer(DPOTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Written aside, sealed with a manifest, renamed; older ones are rotated away."""
+        if self.references is not None:
+            self.references.flush()
         target = Path(str(self.args.output_dir))
         aside = target / "writing"
         self.args.output_dir = str(aside)

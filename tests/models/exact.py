@@ -58,8 +58,9 @@ def with_adapter(vlm: VLM, dtype: torch.dtype = torch.float32) -> VLM:
     vlm.model = get_peft_model(vlm.model, lora_config(LoraSection(rank=4, alpha=32), vlm))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in vlm.model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        if "lora_" in name:
+            std = 0.02 if "lora_B" in name else 0.1
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
     vlm.model.to(dtype).eval()
     return vlm
 
@@ -68,7 +69,8 @@ def stock_logps(vlm: VLM, prefix: list[int], branch: list[int], image: Image.Ima
     """(tokens, V) log-probs of a plain forward of prefix + completion, nothing of ours but the
     ids: pixels straight from the image processor, positions and masks the model's own."""
     ids = torch.tensor([prefix + branch])
-    made = vlm.processor.image_processor(images=image, return_tensors="pt")
+    cut = {"crop_to_patches": True} if "InternVL" in type(vlm.core).__name__ else {}
+    made = vlm.processor.image_processor(images=image, return_tensors="pt", **cut)
     keys = vlm.family.keys(made)
     inputs = {key: made[key] for key in keys}
     dtype = vlm.core.get_input_embeddings().weight.dtype

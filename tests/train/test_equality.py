@@ -19,6 +19,7 @@ from mlalign.models.loading import load_vlm_from, lora_config
 from mlalign.objectives.dpo import Dpo, DpoSettings
 from mlalign.recipe import LoraSection
 from mlalign.runlog import RunLog
+from mlalign.train.gate import GateError
 from mlalign.train.trainer import PreferenceTrainer
 from tests.train.pairs import make_pairs
 
@@ -39,6 +40,10 @@ def test_equal_again_after_five_optimiser_steps(tiny_llava: Path, tmp_path: Path
     stock, theirs = _stock(tiny_llava, tmp_path / "stock", False, steps=5)
     ours, batches = _ours(tiny_llava, tmp_path / "ours", False, steps=5)
     _same_start(stock, ours)
+    with pytest.raises(GateError, match="policy and reference differ"):
+        ours.train()
+    ours.gate = None
+    ours._check_start = lambda *_: None  # type: ignore[method-assign]
     before = {n: p.detach().clone() for n, p in _adapter(ours.model).items()}
     stock.train()
     ours.train()

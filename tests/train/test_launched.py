@@ -101,7 +101,7 @@ def test_stock_peft_gives_the_same_logits(one_process: Path, tiny_llava: Path) -
     pair = make_pairs(1)
     tokenised, _ = tokenise(ours, pair, None)
     batch = Collator(ours, tokenised).collate(tokenised)
-    inputs = {"input_ids": batch.input_ids_RT, "pixel_values": batch.pixel_values}
+    inputs = {"input_ids": batch.input_ids_RT, **batch.images}
     with torch.no_grad():
         plain = ours.model(**inputs).logits
         mine = load_adapter(ours.model, one_process / "arm/adapter").eval()(**inputs).logits

@@ -1,0 +1,66 @@
+"""Reference log-probs while training: from the cache where they are there, else computed and kept.
+
+Every rank asks its own cache; under ZeRO-3 a forward pass needs all ranks, so a batch counts as a
+hit only where it is one on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from mlalign.branching.batch import PrefixBatch, TokenLogps
+from mlalign.branching.reference_cache import CacheKey, InputDigest, ReferenceCache, input_digest
+
+
+class References:
+    """The cache of one arm. ``image_of``: text that changes with the image of a record id."""
+
+    def __init__(
+        self, root: str | Path, key: CacheKey, image_of: Callable[[str], str], rank: int = 0
+    ) -> None:
+        self.cache = ReferenceCache.open(key.folder_in(root), key, rank=rank)
+        self.image_of = image_of
+        self.hits = 0
+        self.misses = 0
+        """Batches."""
+
+    def get(self, batch: PrefixBatch, compute: Callable[[], TokenLogps]) -> TokenLogps:
+        """The batch's reference log-probs. Raises StaleEntry for a record that has changed."""
+        digests_C = self._digests(batch)
+        found = self.cache.get(batch, digests_C)
+        if _everywhere(found is not None) and found is not None:
+            self.hits += 1
+            return found
+        self.misses += 1
+        made = compute()
+        self.cache.put(batch, digests_C, made)
+        return made
+
+    def flush(self) -> None:
+        """Commit what was computed."""
+        self.cache.flush()
+
+    def _digests(self, batch: PrefixBatch) -> list[InputDigest]:
+        """One per completion, in the order of completions."""
+        prefix_of = {
+            (row, group.stops[0] - 1): batch.input_ids_RT[row, group.start : group.stops[0]].cpu()
+            for row, groups in enumerate(batch.groups_R)
+            for group in groups
+        }
+        places = zip(batch.row_C.tolist(), batch.source_CS[:, 0].tolist(), strict=True)
+        return [
+            input_digest(prefix_of[place], self.image_of(name))
+            for place, name in zip(places, batch.ids_C, strict=True)
+        ]
+
+
+def _everywhere(hit: bool) -> bool:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return hit
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    votes = torch.tensor(int(hit), device=device)
+    torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MIN)
+    return bool(votes)
