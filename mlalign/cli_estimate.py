@@ -39,10 +39,10 @@ def facts(recipe: Any, prompt: int, completion: int, *, reference_live: bool) ->
     from mlalign.estimate import auto, flops, memory
     from mlalign.estimate.geometry import config_of, read
     from mlalign.estimate.plan import plan_of, rows_of
-    from mlalign.models.loading import _register_towers
+    from mlalign.models.loading import register_towers
 
     # A tower of this package is known to transformers only once it is registered.
-    _register_towers()
+    register_towers()
     geometry = read(config_of(recipe.model))
     rows = rows_of(recipe, geometry, prompt=prompt, completion=completion)
     free = auto.free_bytes(recipe.launch.processes)

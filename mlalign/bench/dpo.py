@@ -143,7 +143,8 @@ class Stock(Side):
         # The collator writes into the rows that it is given.
         rows = [{k: v if k == "images" else copy.deepcopy(v) for k, v in r.items()}
                 for r in self.rows]  # fmt: skip
-        return self.trainer.data_collator(rows)
+        collate: Any = self.trainer.data_collator
+        return collate(rows)
 
     def step(self) -> float:
         self.model.zero_grad(set_to_none=True)
@@ -156,7 +157,7 @@ class Stock(Side):
         mask = batch.pop("completion_mask")
         labels = batch["input_ids"].masked_fill(mask == 0, -100)
         with torch.no_grad():
-            found = self.trainer.model(**batch, labels=labels, fused_lm_head=True).log_probs
+            found = self.model(**batch, labels=labels, fused_lm_head=True).log_probs
         kept = mask[:, 1:].bool()
         half = len(self.ids)
         return {

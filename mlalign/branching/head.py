@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ def heads_replaced(head: nn.Module, forward: Any) -> Iterator[None]:
         raise TypeError(f"the output head is a {type(head).__name__}: only a linear one is served")
     own = [m.__dict__.get("forward") for m in linears]
     for linear in linears:
-        linear.forward = lambda hidden, linear=linear: forward(linear, hidden)
+        setattr(linear, "forward", partial(forward, linear))  # noqa: B010
     try:
         yield
     finally:
@@ -126,4 +127,4 @@ def heads_replaced(head: nn.Module, forward: Any) -> Iterator[None]:
             if before is None:
                 del linear.__dict__["forward"]
             else:
-                linear.forward = before
+                setattr(linear, "forward", before)  # noqa: B010

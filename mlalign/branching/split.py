@@ -90,23 +90,20 @@ def _group(
 ) -> list[Tensor]:
     """Outputs of one group: of prefix and first completion, then of each block of siblings."""
     start, (shared, first, *_) = group.start, group.stops
-    causal = slice(start, first)
-    out = [
-        sdpa_attention_forward(
-            module, q[:, :, causal], k[:, :, causal], v[:, :, causal], None, is_causal=True,
-            **keywords,
-        )[0]
-    ]  # fmt: skip
+    parts = [x[:, :, start:first] for x in (q, k, v)]
+    out = [_sdpa(module, *parts, None, is_causal=True, **keywords)]
     for stops in _blocks(group.stops[1:]):
         own = slice(stops[0], stops[-1])
-        seen = [torch.cat([x[:, :, start:shared], x[:, :, own]], 2) for x in (k, v)]
+        keys, values = (torch.cat([x[:, :, start:shared], x[:, :, own]], 2) for x in (k, v))
         mask = _block_mask(stops, shared - start, q.device)
-        out.append(
-            sdpa_attention_forward(module, q[:, :, own], *seen, mask, is_causal=False, **keywords)[
-                0
-            ]
-        )
+        queries = q[:, :, own]
+        out.append(_sdpa(module, queries, keys, values, mask, is_causal=False, **keywords))
     return out
+
+
+def _sdpa(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **keywords: Any) -> Tensor:
+    """(1, queries, H, d)."""
+    return sdpa_attention_forward(module, q, k, v, mask, **keywords)[0]
 
 
 def _blocks(stops: Sequence[int]) -> Iterator[list[int]]:

@@ -138,10 +138,7 @@ class Family:
         )
         text = text.replace(cls.placeholder(processor), cls.image_text(processor, size), 1)
         tokenizer = processor.tokenizer
-        # As the stock processors: the tokenizer adds its own BOS unless the template wrote one
-        # (that of LLaVA-1.5 and LLaVA-NeXT does not).
-        written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        return list(tokenizer(text, add_special_tokens=not written)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=adds_bos(tokenizer, text))["input_ids"])
 
     @classmethod
     def generation(
@@ -184,3 +181,12 @@ class Family:
         raise NotImplementedError(
             f"{cls.__name__}: boxes are not mapped to its image tokens yet; leave box probes out"
         )
+
+
+def adds_bos(tokenizer: Any, text: str) -> bool:
+    """Whether the tokenizer's own special tokens belong around a template's text.
+
+    As in the stock processors: unless the template wrote the BOS itself (that of LLaVA-1.5 and
+    LLaVA-NeXT does not).
+    """
+    return tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)

@@ -74,7 +74,7 @@ def load_vlm(
     is missing or left over.
     """
     path = resolve_path(model.path)
-    _register_towers()
+    register_towers()
     try:
         config = AutoConfig.from_pretrained(path, revision=model.revision)
     except OSError as error:
@@ -189,7 +189,7 @@ def _quantization(model: ModelSection, family: Any) -> Any:
     )
 
 
-def _register_towers() -> None:
+def register_towers() -> None:
     """Make the vision towers that this package adds known to transformers' Auto classes."""
     import importlib
     import pkgutil

@@ -254,7 +254,8 @@ class AttentionGrounding(Probe):
     def _map_rows(self, records: list[Any]) -> dict[str, list[dict[str, Any]]]:
         rows: list[dict[str, Any]] = []
         by_layer: list[dict[str, Any]] = []
-        for record in records:
+        # Without a grid of image tokens there is nothing to draw a map on.
+        for record in (record for record in records if record["grid"] != (0, 0)):
             for side in ("base", "adapted"):
                 maps_WLP = np.stack(record[side].maps, 1)
                 for (completion, mention, _), maps_LP in zip(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mlalign.images import open_image
+from mlalign.models._family import adds_bos
 from mlalign.records import Dialogue, RecordError
 from mlalign.train.sft_features import FeatureCache
 
@@ -100,7 +101,9 @@ def tokenize_dialogue(processor: Any, dialogue: Dialogue) -> tuple[list[int], li
             )
         spans.append((len(before), len(after)))
         text = after
-    encoded = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokenizer = processor.tokenizer
+    special = adds_bos(tokenizer, text)
+    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     ids = list(encoded["input_ids"])
     if ids.count(processor.image_token_id) != 1:
         raise RecordError(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlalign.branching import attention
+from mlalign.branching import attention, split
 from mlalign.branching.layout import attention_mask, lay_out
 from mlalign.branching.logps import additive_mask
 from mlalign.models._vlm import VLM
@@ -114,6 +114,33 @@ def test_rows_under_the_shared_prefix_mask(kind: str) -> None:
     for (layer, row), rows_HQT in held.items():
         assert (rows_HQT - weights[layer][row]).abs().max() < 1e-6
         assert rows_HQT.masked_select(~seen[row]).sum() == 0
+
+
+def test_rows_on_the_split_path_equal_eager_under_the_mask() -> None:
+    vlm = tiny.new_vlm()
+    vlm.model.double()
+    made = [vlm.branch_ids(r.prompt, r.texts, (96, 96)) for r in tiny.records(2)]
+    batch = lay_out(
+        [prefix for prefix, _ in made],
+        [completions for _, completions in made],
+        pad_id=vlm.pad_id,
+        images={"pixel_values": torch.randn(2, 3, 96, 96).double()},
+        rows=[[0, 1]],
+    )
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids_RT,
+        "position_ids": batch.position_ids,
+        "pixel_values": batch.images["pixel_values"],
+    }
+    weights, _ = eager(vlm, **inputs, attention_mask=additive_mask(batch, torch.float64))
+    wanted = batch.source_CS[batch.mask_CS]
+    with attention.using(vlm.core):
+        assert split.choose(vlm.core, batch) == "split"
+    keywords = {"attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool)}
+    held, _ = rows_of(vlm, [wanted], **inputs, **keywords, branches=split.Branches(batch))
+    assert len(held) == tiny.LAYERS
+    for (layer, row), rows_HQT in held.items():
+        assert (rows_HQT - weights[layer][row][:, wanted]).abs().max() < 1e-6
 
 
 def test_output_is_sdpa_and_the_tower_is_left_alone() -> None:

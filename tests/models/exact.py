@@ -61,7 +61,11 @@ def with_adapter(vlm: VLM, dtype: torch.dtype = torch.float32) -> VLM:
         if "lora_" in name:
             std = 0.02 if "lora_B" in name else 0.1
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    vlm.model.to(dtype).eval()
+    # The adapter's own dtype only: buffers such as the rotary frequencies stay as they are.
+    for name, parameter in vlm.model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    vlm.model.eval()
     return vlm
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -147,17 +146,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def adapted(folder: Path, dtype: str = "float32") -> VLM:
     """Loaded as a recipe loads it, with a LoRA adapter on the family's targets that is not zero."""
-    vlm = load_vlm_from(folder, dtype=dtype)
-    targets = vlm.family.lora_targets(vlm.core)
-    vlm.model = get_peft_model(vlm.model, LoraConfig(r=4, lora_alpha=32, target_modules=targets))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in vlm.model.named_parameters():
-        if "lora_" in name:
-            # Also A, which PEFT draws from the global state: every load has the same adapter.
-            scale = 0.02 if "lora_B" in name else 0.1
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    vlm.model.eval()
-    return vlm
+    return exact.with_adapter(load_vlm_from(folder, dtype=dtype), getattr(torch, dtype))
 
 
 @pytest.mark.parametrize("packed", [False, True])
