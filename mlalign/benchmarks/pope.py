@@ -22,14 +22,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from tqdm.auto import tqdm
 
 from mlalign.benchmarks._items import Item, Metric, Row, by_image, gold_objects, mean_of, ratio
-from mlalign.branching.logps import next_token_logps
-from mlalign.generate import Decoding, Request, generate, undisturbed
-from mlalign.images import open_image
+from mlalign.benchmarks._poll import poll
+from mlalign.generate import Decoding, Request, generate
 from mlalign.models._vlm import VLM
 from mlalign.objects import Vocabulary, with_article
 from mlalign.records import Example
@@ -222,52 +219,6 @@ def strict(answer: str) -> str | None:
 
 
 PARSERS = {"strict": strict, "official": official}
-
-
-def poll(vlm: VLM, items: Sequence[Item], batch_size: int) -> list[str]:
-    """The likeliest first token of each answer, as text. All items of an image share its prefix.
-
-    ``batch_size``: images per forward pass.
-    """
-    places: dict[str, list[int]] = {}
-    for place, item in enumerate(items):
-        places.setdefault(item.example_id, []).append(place)
-    images = list(places.values())
-    answers = [""] * len(items)
-    bar = tqdm(total=len(images), desc="polling", unit="image", disable=len(images) <= batch_size)
-    with bar, undisturbed(vlm):
-        for start in range(0, len(images), batch_size):
-            chunk = images[start : start + batch_size]
-            for place, text in _poll_batch(vlm, items, chunk):
-                answers[place] = text
-            bar.update(len(chunk))
-    return answers
-
-
-def _poll_batch(
-    vlm: VLM, items: Sequence[Item], images: Sequence[Sequence[int]]
-) -> list[tuple[int, str]]:
-    """(place of the item, answer) for the items of each image."""
-    first = [items[group[0]] for group in images]
-    seen = [vlm.image(open_image(item.image, item.example_id)) for item in first]
-    asked = [
-        vlm.question_ids([items[place].prompt for place in group], inputs.size)
-        for group, inputs in zip(images, seen, strict=True)
-    ]
-    batch = vlm.rows(
-        [prefix for prefix, _ in asked],
-        [branches for _, branches in asked],
-        seen,
-        ids=[[items[place].id for place in group] for group in images],
-    )
-    with torch.no_grad():
-        batch = vlm.encode(batch.to(vlm.device))
-    tokens = next_token_logps(vlm.model, batch).argmax(-1).tolist()
-    order = [place for group in images for place in group]
-    return [
-        (place, vlm.tokenizer.decode([token], skip_special_tokens=True).strip())
-        for place, token in zip(order, tokens, strict=True)
-    ]
 
 
 METHOD = Pope

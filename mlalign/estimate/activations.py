@@ -11,8 +11,8 @@ e bytes of the dtype. Of a frozen block with LoRA on all seven linears the backw
 
 and a first block whose input has no gradient keeps no first norm. Keys and values are repeated to
 A where a mask is given and heads share them. Split attention keeps no T x T mask, but for each
-block of completions after the first the prefix's keys and values again and a small mask, and the
-joined result besides its pieces. A frozen linear keeps nothing of its own.
+block of completions after the first a small mask and, where prefix and block are joined, their keys
+and values again; and the joined result besides its pieces. A frozen linear keeps nothing.
 """
 
 from __future__ import annotations
@@ -143,11 +143,14 @@ def _attention(decoder: Decoder, plan: Plan, targets: frozenset[str], seen: Trac
     pairs = masked if plan.attention == "dense" else decoder.kv_width
     total = (2 * result + 2 * tokens * pairs) * size + tokens * decoder.heads * FLOAT
     if plan.attention == "split":
-        for length in _blocks(plan.rows):
-            keys = plan.rows.prefix + length
-            total += (2 * keys * masked + length * keys) * size
-    joined = plan.attention == "split" and (len(plan.rows.completions) > 1 or plan.pairs > 1)
-    if joined or plan.copy_bytes:
+        for between, length in _blocks(plan.rows):
+            joined = plan.cuda or between > plan.rows.prefix
+            keys = plan.rows.prefix + length + (0 if joined else between)
+            # Heads that share keys are given copies of them under a mask.
+            copied = joined or masked > decoder.kv_width
+            total += (2 * keys * masked * copied + length * keys) * size
+    several = plan.attention == "split" and (len(plan.rows.completions) > 1 or plan.pairs > 1)
+    if several or plan.copy_bytes:
         total += _inputs(plan, result, targets & {"o_proj"})
     if decoder.normed_heads:
         for name, heads in (("q_proj", decoder.heads), ("k_proj", decoder.kv_heads)):
@@ -156,13 +159,15 @@ def _attention(decoder: Decoder, plan: Plan, targets: frozenset[str], seen: Trac
     return total
 
 
-def _blocks(rows: Rows) -> list[int]:
-    """Tokens of each call of split attention that has a mask: the completions after a shared row's
-    first, short ones together. Its keys and values are the prefix's and its own, joined anew."""
-    blocks: list[int] = []
+def _blocks(rows: Rows) -> list[tuple[int, int]]:
+    """(tokens between prefix and block, tokens of the block) of each call of split attention that
+    has a mask: the completions after a shared row's first, short ones together."""
+    blocks: list[tuple[int, int]] = []
+    place = rows.completions[0]
     for length in rows.completions[1:] if rows.layout == "shared" else ():
-        if blocks and blocks[-1] + length <= SPLIT_BLOCK:
-            blocks[-1] += length
+        if blocks and blocks[-1][1] + length <= SPLIT_BLOCK:
+            blocks[-1] = blocks[-1][0], blocks[-1][1] + length
         else:
-            blocks.append(length)
+            blocks.append((place, length))
+        place += length
     return blocks

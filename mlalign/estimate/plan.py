@@ -96,6 +96,8 @@ class Plan:
     zero: Literal[0, 2, 3] = 0
     offload: bool = False
     processes: int = 1
+    cuda: bool = False
+    """Whether the step runs on a GPU: split attention then joins keys for the flash kernel."""
     attention: Attention = "dense"
     """dense: SDPA under an additive mask; causal: SDPA without a mask (separate or padded rows
     only); split: prefix and first completion as an ordinary row, each further block of
@@ -154,7 +156,10 @@ def plan_of(
     dtype = dtype or auto_dtype(section.dtype)
     sharded = launch.launcher == "deepspeed" and launch.zero > 0
     trained, copied, cast = _adapter_dtype(dtype, section.quantize != "none", sharded)
+    import torch
+
     return Plan(
+        cuda=torch.cuda.is_available(),
         rows=rows or rows_of(recipe, geometry),
         pairs=recipe.train.micro_batch_size,
         step_pairs=recipe.train.batch_size,
