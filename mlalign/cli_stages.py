@@ -190,7 +190,7 @@ def _context(recipe: Recipe, source: Any, context_class: Any) -> Any:
     from mlalign.objects import vocabulary
 
     words = vocabulary(recipe.data.vocabulary)
-    vlm = load_vlm(recipe.model)
+    vlm = load_vlm(recipe.model, device="auto")
     judge = None
     if recipe.data.judge is not None:
         method = methods.find("mlalign.judges", recipe.data.judge.name)
@@ -277,9 +277,9 @@ def _evaluated(
     if done.is_file():
         return json.loads(done.read_text(encoding="utf-8"))
     if weights is None or weights.name == "adapter":
-        vlm = load_vlm(recipe.model, adapter=weights)
+        vlm = load_vlm(recipe.model, adapter=weights, device="auto")
     else:
-        vlm = load_vlm(recipe.model.model_copy(update={"path": str(weights)}))
+        vlm = load_vlm(recipe.model.model_copy(update={"path": str(weights)}), device="auto")
     examples = store.read_examples(run / "data" / "heldout")
     console.print(f"  evaluating {label} on {min(len(examples), recipe.eval.images)} images")
     result = ev.evaluate(

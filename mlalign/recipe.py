@@ -152,7 +152,7 @@ class TrainSection(Section):
     reference_folder: str = "runs/references"
     """Where caches lie, each in a folder of its own by what it was computed with."""
     save_every: int = Field(default=0, ge=0)
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0: none, only the result: a run that was stopped starts anew."""
     log_every: int = Field(default=1, ge=1)
     blank_images: bool = False
     """Train on blank images: the control that asks whether the image matters."""

@@ -150,7 +150,7 @@ def attend(
     if branches is None:
         out = sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)[0]
     else:
-        out = split_attention(module, query, key, value, branches.batch, keywords)
+        out = split_attention(module, query, key, value, branches, keywords)
     if _open is not None:
         for extra in _EXTRAS:
             if keywords.get(extra) is not None and (attention_mask is None or extra in _SCORES):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class Branches:
     """
 
     batch: PrefixBatch
+    masks: dict[tuple[int, ...], Any] = field(default_factory=dict, compare=False)
+    """Masks of blocks, made once for all layers."""
 
 
 def choose(core: Any, batch: PrefixBatch, attention: str = "auto") -> str:
@@ -70,7 +72,7 @@ def split_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    batch: PrefixBatch,
+    branches: Branches,
     keywords: dict[str, Any],
 ) -> Tensor:
     """(R, T, H, d): group by group, the causal part and then block by block; 0 at padding.
@@ -79,9 +81,10 @@ def split_attention(
     """
     tokens = query.shape[2]
     rows = []
-    for row, groups in enumerate(batch.groups_R):
-        q, k, v = (x[row : row + 1] for x in (query, key, value))
-        parts = [part for group in groups for part in _group(module, q, k, v, group, keywords)]
+    for row, groups in enumerate(branches.batch.groups_R):
+        own = [x[row : row + 1] for x in (query, key, value)]
+        q, _, v = own
+        parts = [part for g in groups for part in _group(module, *own, g, branches.masks, keywords)]
         end = groups[-1].stops[-1]
         if end < tokens:
             parts.append(q.new_zeros(1, tokens - end, q.shape[1], v.shape[-1]))
@@ -90,7 +93,13 @@ def split_attention(
 
 
 def _group(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, group: Group, keywords: dict[str, Any]
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: Group,
+    masks: dict[tuple[int, ...], Any],
+    keywords: dict[str, Any],
 ) -> list[Tensor]:
     """Outputs of one group: of prefix and first completion, then of each block of siblings."""
     start, (shared, first, *_) = group.start, group.stops
@@ -104,8 +113,10 @@ def _group(
         else:
             keys, values = (torch.cat([x[:, :, start:shared], x[:, :, own]], 2) for x in (k, v))
             between = 0
-        mask = _block_mask(stops, shared - start, between, q.device)
-        queries = q[:, :, own]
+        name = (shared - start, between, *(stop - stops[0] for stop in stops))
+        if name not in masks:
+            masks[name] = _block_mask(stops, shared - start, between, q.device)
+        queries, mask = q[:, :, own], masks[name]
         out.append(_sdpa(module, queries, keys, values, mask, is_causal=False, **keywords))
     return out
 
@@ -132,11 +143,12 @@ def _block_mask(stops: Sequence[int], prefix: int, between: int, device: torch.d
     """What a block's queries see of [prefix | between | block]: the prefix, and their own
     completion."""
     length = stops[-1] - stops[0]
+    if length == 1 and not between:
+        return None  # one query sees all keys
     if len(stops) == 2 and device.type == "cuda":
         return causal_lower_right(length, prefix + length)
-    number = torch.repeat_interleave(
-        torch.arange(len(stops) - 1), torch.tensor([b - a for a, b in itertools.pairwise(stops)])
-    ).to(device)
+    lengths = torch.tensor([b - a for a, b in itertools.pairwise(stops)], device=device)
+    number = torch.repeat_interleave(lengths, output_size=length)
     own = (number[:, None] == number).tril()
     parts = [own.new_ones(length, prefix), own.new_zeros(length, between), own]
     return torch.cat(parts, 1)[None, None]

@@ -35,6 +35,7 @@ def load_pairs(
             pairs.append(record)
         else:
             faults.append(skip)
+    faults += _duplicates(pairs)
     if faults and bad_records == "refuse":
         raise DataError(_listing(path, faults))
     if not pairs:
@@ -44,11 +45,33 @@ def load_pairs(
     return pairs, Counter(fault.reason for fault in faults)
 
 
+def _duplicates(pairs: list[Preference]) -> list[Skip]:
+    """Takes later records of an id that is there already out of ``pairs``: logs, caches and probes
+    know a record by its id."""
+    first: dict[str, int] = {}
+    faults = []
+    for row, pair in enumerate(list(pairs)):
+        if pair.id in first:
+            detail = (
+                f"record {pair.id!r}: rows {first[pair.id]} and {row} have this id. Give each pair "
+                "an id of its own"
+            )
+            faults.append(Skip(id=pair.id, reason="id of another record", detail=detail))
+            pairs.remove(pair)
+        else:
+            first[pair.id] = row
+    return faults
+
+
 def _image_fault(pair: Preference) -> Skip | None:
+    if pair.rejected_image is not None:
+        detail = (
+            f"record {pair.id!r}: has rejected_image, but no objective here compares two images. "
+            "Remove the column, or give the pair one image"
+        )
+        return Skip(id=pair.id, reason="rejected_image is not served", detail=detail)
     try:
         open_image(pair.image, pair.id)
-        if pair.rejected_image is not None:
-            open_image(pair.rejected_image, pair.id)
     except RecordError as error:
         return Skip(id=pair.id, reason=error.reason, detail=str(error))
     return None

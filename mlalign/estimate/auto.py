@@ -53,7 +53,9 @@ def fits(
 def holds(geometry: Geometry, plan: Plan, device_bytes: int, *, loaded: bool = False) -> bool:
     """``fits`` for a plan: whether its memory stays within 0.8 of ``device_bytes``."""
     need = estimate(geometry, plan)
-    return need.total - (need.loaded if loaded else 0) <= FREE_SHARE * device_bytes
+    # Adapter and second copy come with the trainer.
+    there = need.weights + (need.trained if plan.adapter is None else 0)
+    return need.total - (there if loaded else 0) <= FREE_SHARE * device_bytes
 
 
 def free_bytes(processes: int = 1) -> int:

@@ -38,7 +38,7 @@ class Memory:
     trained: int
     """Weights that train."""
     reference: int
-    """A second frozen copy: full fine-tuning with a live reference only."""
+    """A second frozen copy: full fine-tuning only."""
     optimizer: int
     """Adam's moments, and the float32 copies under ZeRO."""
     gradients: int
@@ -71,8 +71,9 @@ def estimate(geometry: Geometry, plan: Plan) -> Memory:
     """The memory of one process at its highest."""
     frozen, trained = weight_bytes(geometry, plan)
     count, shards = trained_parameters(geometry, plan), plan.processes
-    # Full fine-tuning compares with what it started from: a frozen copy, unless it was cached.
-    copied = plan.adapter is None and plan.reference_live
+    # Full fine-tuning compares with what it started from: a frozen copy, there too while a cache
+    # is filled.
+    copied = plan.adapter is None
     reference = geometry.parameters * plan.dtype_bytes if copied else 0
     if plan.zero:
         optimizer = _share(count * (ZERO_MASTER + ZERO_ADAM), shards)

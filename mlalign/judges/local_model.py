@@ -56,7 +56,7 @@ class LocalModel:
         if settings.model is not None:
             from mlalign.models.loading import load_vlm_from
 
-            vlm = load_vlm_from(settings.model, image=settings.image)
+            vlm = load_vlm_from(settings.model, device="auto", image=settings.image)
         if vlm is None:
             raise ValueError(
                 "judge local_model has no model: give judge.model, or a run with a model"

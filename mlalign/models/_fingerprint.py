@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from mlalign.branching.reference_cache import CacheKey, fingerprint_files, fingerprint_json
+from mlalign.branching.reference_key import CacheKey, fingerprint_files, fingerprint_json
 from mlalign.models._vlm import VLM
 from mlalign.models.loading import dtype_of, resolve_path
 from mlalign.recipe import ModelSection
@@ -43,11 +43,13 @@ def reference_key(section: ModelSection, vlm: VLM, data: str, *, blank: bool = F
 
 
 def _weights(path: str, revision: str | None) -> list[Path]:
-    """Weight files of a folder, or of a Hub id's snapshot on this machine."""
-    folder = Path(path)
+    """Weight files of a folder, or of a Hub id's snapshot on this machine, and the configs that
+    change what they compute (rotary base, feature layer, lora_alpha)."""
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         folder = Path(str(cached_file(path, "config.json", revision=revision))).parent
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
         raise OSError(f"{folder}: no weights (*.safetensors) to key the reference cache by")
-    return files
+    configs = (folder / name for name in ("config.json", "adapter_config.json"))
+    return files + [config for config in configs if config.is_file()]

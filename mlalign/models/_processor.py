@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
 from transformers.utils import cached_file
 
 CONFIG = "processor_config.json"
 
 
-class Parts:
+class Parts(ProcessorMixin):
     """Image processor and tokenizer of a processor whose video part cannot be built.
 
     Several families' processors insist on a video processor, which needs torchvision; a run on
@@ -21,6 +21,7 @@ class Parts:
     """
 
     def __init__(self, image_processor: Any, tokenizer: Any, settings: dict[str, Any]) -> None:
+        # Not the mixin's own: it checks for the parts that are missing. Trainers ask for the type.
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self.settings = settings

@@ -41,6 +41,7 @@ def features(core: Any, family: Any, images: dict[str, Tensor]) -> Any:
             else:
                 break
         stack.enter_context(_gathered([getattr(core.model, name) for name in family.bare]))
+        stack.enter_context(_one_dtype(core, family, weight))
         return family.features(core, images)
 
 
@@ -63,7 +64,7 @@ def with_masks(core: Any, family: Any, batch: PrefixBatch) -> PrefixBatch:
     if strange:
         raise LayoutError(
             f"{text.model_type} has layers of {', '.join(strange)}: a completion would see its "
-            "siblings. Branching is exact for attention only; use train.layout: padded elsewhere"
+            "siblings. Branching is exact for attention only, and there is no other layout here"
         )
     window = getattr(text, "sliding_window", None)
     if not getattr(text, "use_sliding_window", True):
@@ -118,6 +119,16 @@ def _name(batch: PrefixBatch, row: int, shared: int) -> str:
     first_C = (batch.row_C == row) & (batch.source_CS[:, 0] == shared - 1)
     found = first_C.nonzero()[:, 0].tolist()
     return batch.ids_C[found[0]] if batch.ids_C and found else f"row {row}"
+
+
+def _one_dtype(core: Any, family: Any, weight: Tensor) -> Any:
+    """Autocast where tower, projector and embedding are not of one dtype: a trained projector is
+    kept in float32 beside a bfloat16 tower."""
+    parameters = (p for module in family.frozen_towers(core) for p in module.parameters())
+    kinds = {p.dtype for p in parameters if p.is_floating_point()} | {weight.dtype}
+    if len(kinds) == 1:
+        return contextlib.nullcontext()
+    return torch.autocast(weight.device.type, min(kinds, key=lambda kind: kind.itemsize))
 
 
 @contextlib.contextmanager

@@ -70,8 +70,9 @@ def load_vlm(
 ) -> VLM:
     """The model in eval mode, with ``adapter`` (a PEFT folder) on it where given.
 
-    Raises ModelError for a missing folder, an unserved family, and an adapter of which any weight
-    is missing or left over.
+    ``device``: where to put it ("auto": the GPU where there is one); None leaves it where it
+    loads, which a trainer wants. Raises ModelError for a missing folder, an unserved family, and
+    an adapter of which any weight is missing or left over.
     """
     path = resolve_path(model.path)
     register_towers()
@@ -84,8 +85,8 @@ def load_vlm(
     if model.quantize != "none":
         keywords["quantization_config"] = _quantization(model, family)
     loaded: Any = AutoModelForImageTextToText.from_pretrained(path, **keywords)
-    if device is not None and model.quantize == "none":
-        loaded = loaded.to(device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else None
     processor = load_processor(path, model.revision)
     if model.start_adapter is not None:
         if model.quantize != "none":
@@ -95,6 +96,8 @@ def load_vlm(
         loaded = load_adapter(loaded, model.start_adapter).merge_and_unload()
     if adapter is not None:
         loaded = load_adapter(loaded, adapter)
+    if device is not None and model.quantize == "none":
+        loaded = loaded.to(device)
     loaded.eval()
     vlm = VLM(
         model=loaded, processor=processor, family=family, image_mode=model.image, name=model.path
@@ -105,9 +108,9 @@ def load_vlm(
     return vlm
 
 
-def load_vlm_from(path: str | Path, **keys: Any) -> VLM:
+def load_vlm_from(path: str | Path, *, device: str | None = None, **keys: Any) -> VLM:
     """``load_vlm`` of a path and other keys of the model section."""
-    return load_vlm(ModelSection(path=str(path), **keys))
+    return load_vlm(ModelSection(path=str(path), **keys), device=device)
 
 
 def load_adapter(model: Any, folder: str | Path) -> Any:
@@ -153,6 +156,13 @@ def lora_config(section: LoraSection, vlm: VLM) -> Any:
         raise ModelError(
             f"model.adapter.targets: {targets!r} also hits {strays[0]} and {len(strays) - 1} more "
             "outside the language model. Name the projector in modules_to_save; the tower is frozen"
+        )
+    tied = getattr(vlm.core.config, "tie_word_embeddings", False)
+    heads = [n for n in section.modules_to_save if n in ("lm_head", "embed_tokens")]
+    if tied and heads:
+        raise ModelError(
+            f"model.adapter.modules_to_save: {heads[0]} is tied in {vlm.name}: the trained copy "
+            "would be lost when the model is merged and loaded again. Untie the model first"
         )
     return LoraConfig(
         r=section.rank,

@@ -36,7 +36,8 @@ def decide(recipe: Recipe, vlm: VLM, pairs: Sequence[TokenisedPair]) -> tuple[bo
             rows=rows,
             reference_live=recipe.train.reference == "live",
             attention="dense" if recipe.train.attention == "dense" else "split",
-            loaded=True,
+            # On a GPU machine the weights are still on the host at this point.
+            loaded=not torch.cuda.is_available(),
         )
     except (GeometryError, PlanError) as error:
         return True, f"cannot be estimated ({error}): set true or false"

@@ -61,6 +61,7 @@ def rotate(folder: Path, keep: int) -> None:
     )
     for old in complete[:-keep]:
         shutil.rmtree(old)
+    shutil.rmtree(folder / "writing", ignore_errors=True)
 
 
 def _sha256(file: Path) -> str:

@@ -10,6 +10,7 @@ layout agrees.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -66,8 +67,11 @@ class Gate:
 
     @property
     def slack(self) -> float:
-        """How far the loss may be from its closed form: every token may be off by as much."""
-        return 1e-4 + 2 * self.tokens * self.difference
+        """How far the loss may be from its closed form: rounding, and every token of both sides off
+        by the difference. IPO, the steepest, moves by 1 / beta per nat, 2 sqrt(loss) at the start.
+        """
+        size = abs(self.expected or 0.0)
+        return 1e-4 * (1 + size) + 2 * self.tokens * self.difference * (1 + 2 * math.sqrt(size))
 
 
 def measure(

@@ -18,7 +18,7 @@ from mlalign.recipe import Recipe, configure
 from mlalign.runlog import RunLog
 from mlalign.store import fingerprint, folder_atomic
 from mlalign.train import checkpointing, checkpoints, launch
-from mlalign.train.references import References
+from mlalign.train.references import References, Refresh
 from mlalign.train.trainer import DPOConfig, PreferenceTrainer
 
 
@@ -61,6 +61,8 @@ def train_arm(recipe: Recipe, arm: str, run: Path) -> PreferenceTrainer:
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.references is not None:
         trainer.references.flush()
+        counts = {"hits": trainer.references.hits, "misses": trainer.references.misses}
+        log.event(arm, "reference cache, batches of rank 0", **counts)
     save_result(trainer, vlm, folder)
     return trainer
 
@@ -70,6 +72,11 @@ def training_arguments(recipe: Recipe, folder: Path) -> DPOConfig:
     train = recipe.train
     processes = launch.world_size()
     bf16 = dtype_of(recipe.model) == torch.bfloat16
+    if dtype_of(recipe.model) == torch.float16:
+        raise launch.LaunchError(
+            "model.dtype: float16 would train without loss scaling, and small gradients vanish. "
+            "Train in bfloat16, or in float32 where the hardware has none"
+        )
     return DPOConfig(
         output_dir=str(folder / "checkpoints"),
         seed=recipe.seed,
@@ -171,11 +178,23 @@ def _trainer(
             "seed": recipe.seed,
         },
     )
+    if references is not None:
+        trainer.add_callback(Refresh(references))
     vlm.model = trainer.accelerator.unwrap_model(trainer.model)
+    if not trainer.is_deepspeed_enabled:
+        _keep_in_float32(vlm.model)
     if full:
         # The tower sees no preference: it stays as it was, as in the published full fine-tunings.
         vlm.family.frozen_towers(vlm.core)[0].requires_grad_(False)
     return trainer
+
+
+def _keep_in_float32(model: torch.nn.Module) -> None:
+    """Trained weights in float32: a step of 1e-6 is lost in bfloat16's rounding. DeepSpeed keeps
+    float32 copies of its own; the forward runs under autocast."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
 
 
 def _add_probes(

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from mlalign.branching.batch import PrefixBatch, TokenLogps
-from mlalign.branching.reference_cache import CacheKey, InputDigest, ReferenceCache, input_digest
+from mlalign.branching.reference_cache import ReferenceCache
+from mlalign.branching.reference_key import CacheError, CacheKey, InputDigest, input_digest
+
+FAULT, MISS, HIT = 0, 1, 2
+"""What a rank's cache said of a batch; the least of all ranks counts."""
 
 
 class References:
@@ -30,8 +36,16 @@ class References:
     def get(self, batch: PrefixBatch, compute: Callable[[], TokenLogps]) -> TokenLogps:
         """The batch's reference log-probs. Raises StaleEntry for a record that has changed."""
         digests_C = self._digests(batch)
-        found = self.cache.get(batch, digests_C)
-        if _everywhere(found is not None) and found is not None:
+        found, fault = None, None
+        try:
+            found = self.cache.get(batch, digests_C)
+        except CacheError as error:
+            fault = error
+        # A rank that stopped here alone would leave the others waiting in a forward pass.
+        verdict = _least(FAULT if fault else HIT if found is not None else MISS)
+        if verdict == FAULT:
+            raise fault or CacheError("the reference cache of another process: see its message")
+        if verdict == HIT and found is not None:
             self.hits += 1
             return found
         self.misses += 1
@@ -57,10 +71,25 @@ class References:
         ]
 
 
-def _everywhere(hit: bool) -> bool:
+class Refresh(TrainerCallback):
+    """At every epoch each rank commits what it computed and reads what the others did: the next
+    epoch gives it other records."""
+
+    def __init__(self, references: References) -> None:
+        self.references = references
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        """Called by the trainer on every rank."""
+        self.references.flush()
+        _least(HIT)  # all have committed
+        self.references.cache.refresh()
+
+
+def _least(vote: int) -> int:
+    """The smallest vote of all ranks."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return hit
+        return vote
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    votes = torch.tensor(int(hit), device=device)
+    votes = torch.tensor(vote, device=device)
     torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MIN)
-    return bool(votes)
+    return int(votes)

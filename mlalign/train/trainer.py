@@ -25,7 +25,7 @@ from mlalign.branching.logps import completion_logps
 from mlalign.models._vlm import VLM
 from mlalign.runlog import RunLog
 from mlalign.train import checkpoints
-from mlalign.train.gate import Gate, measure
+from mlalign.train.gate import Gate, GateError, measure
 from mlalign.train.references import References
 
 PROGRESS = "MLALIGN_PROGRESS"
@@ -129,7 +129,15 @@ class PreferenceTrainer(DPOTrainer):
         self.gate = measure(batch, policy, again, reference, out.per_pair_N, expected, dtype)
         facts = {k: v for k, v in asdict(self.gate).items() if k != "record"}
         self.run_log.event(self.arm, "step-0 gate", **facts)
-        self.gate.check("cached" if self.references is not None else "live")
+        fault = ""
+        try:
+            self.gate.check("cached" if self.references is not None else "live")
+        except GateError as error:
+            fault = str(error)
+        # All ranks stop, or none: one that stopped alone would leave the others waiting.
+        faults = [each for each in gather_object([fault]) if each]
+        if faults:
+            raise GateError(faults[0])
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Pairs of the optimiser step, over its micro-batches and all processes."""
@@ -156,6 +164,7 @@ class PreferenceTrainer(DPOTrainer):
             # Not scaled by beta: a wrong sign of beta shows here and nowhere else.
             "logratios/margins": ratio_N.sum(),
         }
+        by_pair |= {name: float(value) * pairs for name, value in out.metrics.items()}
         by_chosen = {
             "logits/chosen": policy.mean_logit_CS[chosen_C].sum(),
             "mean_token_accuracy": policy.top1_CS[chosen_C].sum(),
@@ -177,8 +186,6 @@ class PreferenceTrainer(DPOTrainer):
         names = [*by_pair, *by_chosen, *by_rejected, *by_token]
         for name, value, divisor in zip(names, row, divisors, strict=False):
             self._metrics[mode][name].append(value / divisor)
-        for name, value in out.metrics.items():
-            self._metrics[mode][name].append(float(value))
         if mode == "train":
             self._total_train_tokens += int(seen)
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]

@@ -126,7 +126,9 @@ def test_peak_memory_of_a_fresh_process() -> None:
 
 def test_json_and_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = row(logps_max_abs_diff=1.0)
-    monkeypatch.setattr(works, "works", lambda _: {"good": lambda _: [row()], "bad": lambda _: [bad]})
+    monkeypatch.setattr(
+        works, "works", lambda _: {"good": lambda _: [row()], "bad": lambda _: [bad]}
+    )
     runner, file = CliRunner(), tmp_path / "bench.json"
     small = ["--layers", "1", "--width", "64", "--tower-layers", "1", "--tower-width", "64"]
     good = runner.invoke(app, ["bench", "good", "--json", str(file), *small])

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 from mlalign.branching import reference_cache
 from mlalign.branching.batch import TokenLogps
-from mlalign.branching.reference_cache import (
+from mlalign.branching.reference_cache import ReferenceCache
+from mlalign.branching.reference_key import (
     CacheError,
     CacheKey,
-    ReferenceCache,
     StaleEntry,
     fingerprint_files,
     fingerprint_json,

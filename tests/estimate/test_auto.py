@@ -47,7 +47,7 @@ def test_fits_up_to_four_fifths_of_what_is_free_and_no_further() -> None:
     made = tiny.config()
     geometry = read(made)
     need = estimate(geometry, plan_of(recipe(), geometry, rows=ROWS, checkpointing=False))
-    for loaded, wanted in ((False, need.total), (True, need.total - need.loaded)):
+    for loaded, wanted in ((False, need.total), (True, need.total - need.weights)):
         enough = -(-wanted * 5 // 4)
         keys: dict[str, Any] = {"config": made, "rows": ROWS, "loaded": loaded}
         assert auto.fits(recipe(), enough, **keys)

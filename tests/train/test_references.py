@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mlalign import store
-from mlalign.branching.reference_cache import StaleEntry
+from mlalign.branching.reference_key import StaleEntry
 from mlalign.recipe import from_dict
 from mlalign.train import preference
 from mlalign.train.gate import GateError
@@ -102,6 +102,19 @@ def test_the_gate_stops_a_foreign_reference(
         train(tmp_path / "run", tiny_llava, make_pairs(6), reference="cached")
     assert "pair-" in str(caught.value)
     assert not (tmp_path / "run/run/arm/adapter").exists()
+
+
+def test_checkpointing_is_dropped_where_memory_allows(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = make_pairs(6)
+    train(tmp_path / "roomy", tiny_llava, pairs)
+    monkeypatch.setattr("mlalign.train.checkpointing.free_bytes", lambda _: 2**20)
+    short = train(tmp_path / "short", tiny_llava, pairs)
+    choices = [events(tmp_path / name, "gradient checkpointing") for name in ("roomy", "short")]
+    assert [choice["on"] for (choice,) in choices] == [False, True]
+    assert short.args.gradient_checkpointing
+    assert losses(tmp_path / "short") == pytest.approx(losses(tmp_path / "roomy"), abs=1e-6)
 
 
 def test_packed_rows_train_to_the_same_losses(tiny_llava: Path, tmp_path: Path) -> None:
