@@ -168,6 +168,8 @@ class Stock(Side):
 
 def sides(setting: Setting, cached: bool, names: tuple[str, ...] = SIDES) -> dict[str, Side]:
     """The sides by name. Shared and padded use one model; stock has its own with equal weights."""
+    if unknown := [name for name in names if name not in SIDES]:
+        raise ValueError(f"bench: no side {unknown[0]!r}; there are: {', '.join(SIDES)}")
     made: dict[str, Side] = {}
     first: Ours | None = None
     for name in names:
@@ -257,6 +259,8 @@ def _plant(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name:
-            std = 0.02 if "lora_B" in name else 0.1
+            # Margins of a few nats. Larger ones say nothing more, and the loss then shows how float32
+            # rounds stock TRL's sums (400 log-probs of -10 are -4,000 +- 2e-4), not the layouts.
+            std = 0.005 if "lora_B" in name else 0.1
             drawn = torch.randn(parameter.shape, generator=generator) * std
             parameter.data.copy_(drawn.to(parameter))

@@ -82,9 +82,9 @@ def split_attention(
     tokens = query.shape[2]
     rows = []
     for row, groups in enumerate(branches.batch.groups_R):
-        own = [x[row : row + 1] for x in (query, key, value)]
-        q, _, v = own
-        parts = [part for g in groups for part in _group(module, *own, g, branches.masks, keywords)]
+        q, k, v = query[row : row + 1], key[row : row + 1], value[row : row + 1]
+        masks = branches.masks
+        parts = [part for g in groups for part in _group(module, q, k, v, g, masks, keywords)]
         end = groups[-1].stops[-1]
         if end < tokens:
             parts.append(q.new_zeros(1, tokens - end, q.shape[1], v.shape[-1]))
@@ -103,8 +103,9 @@ def _group(
 ) -> list[Tensor]:
     """Outputs of one group: of prefix and first completion, then of each block of siblings."""
     start, (shared, first, *_) = group.start, group.stops
-    parts = [x[:, :, start:first] for x in (q, k, v)]
-    out = [_sdpa(module, *parts, None, is_causal=True, **keywords)]
+    row = slice(start, first)
+    q1, k1, v1 = q[:, :, row], k[:, :, row], v[:, :, row]
+    out = [_sdpa(module, q1, k1, v1, None, is_causal=True, **keywords)]
     for stops in _blocks(group.stops[1:]):
         own = slice(stops[0], stops[-1])
         between = stops[0] - shared

@@ -15,7 +15,6 @@ chosen log-probs of -1 a token: 0.8 * 0.554355 + 0.2 * 1.242536 + 1 = 1.691991.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -95,10 +94,13 @@ class Mpo:
     @property
     def at_reference(self) -> float | None:
         """The loss where the policy is the reference; None where a part has no closed form."""
-        forms = [(weight, getattr(part, "at_reference", None)) for _, weight, part in self.parts]
-        if any(form is None for _, form in forms):
-            return None
-        return math.fsum(weight * form for weight, form in forms)
+        total = 0.0
+        for _, weight, part in self.parts:
+            form = getattr(part, "at_reference", None)
+            if form is None:
+                return None
+            total += weight * form
+        return total
 
     def __call__(self, policy: TokenLogps, reference: TokenLogps) -> ObjectiveOut:
         """Completions are chosen and rejected by turns: ``logps_CS`` of shape (2N, S).
