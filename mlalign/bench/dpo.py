@@ -259,8 +259,8 @@ def _plant(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name:
-            # Margins of a few nats. Larger ones say nothing more, and the loss then shows how float32
-            # rounds stock TRL's sums (400 log-probs of -10 are -4,000 +- 2e-4), not the layouts.
+            # Margins of a few nats. Larger ones say nothing more, and the loss then shows how
+            # float32 rounds sums (400 log-probs of -10 are -4,000 +- 2e-4), not the layouts.
             std = 0.005 if "lora_B" in name else 0.1
             drawn = torch.randn(parameter.shape, generator=generator) * std
             parameter.data.copy_(drawn.to(parameter))
