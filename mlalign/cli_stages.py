@@ -65,8 +65,8 @@ def build(recipe: Recipe, run: Path) -> None:
     if recipe.data.source is not None and recipe.data.builders:
         _build_pairs(recipe, run)
     for arm in recipe.arms():
-        path = recipe.data.pairs.get(arm, run / "data" / arm)
-        if not Path(path).exists():
+        path = recipe.pairs_of(arm, run)
+        if not path.exists():
             raise StageError(f"data.pairs.{arm}: {path} does not exist")
         runfolder.add(run, data={arm: store.fingerprint(path)})
     if recipe.eval.benchmarks:

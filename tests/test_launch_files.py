@@ -180,7 +180,7 @@ def test_recipes_ask_for_files_that_are_there() -> None:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         if "launch" not in raw:
             continue
-        from mlalign.recipe import LaunchSection
+        from mlalign.sections import LaunchSection
 
         launch = LaunchSection(**raw["launch"])
         config = deepspeed_config(launch)

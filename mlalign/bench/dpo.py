@@ -32,8 +32,8 @@ from mlalign.data.collate import Collator, tokenise
 from mlalign.images import open_image
 from mlalign.models.loading import lora_config
 from mlalign.objectives.dpo import Dpo, DpoSettings
-from mlalign.recipe import LoraSection
 from mlalign.runlog import RunLog
+from mlalign.sections import LoraSection
 from mlalign.train.trainer import DPOConfig, PreferenceTrainer
 
 BETA = 0.1

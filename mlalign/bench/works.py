@@ -15,7 +15,7 @@ from mlalign.estimate import flops
 from mlalign.estimate.geometry import read
 from mlalign.estimate.plan import Plan, adapter_of
 from mlalign.estimate.rows import Rows
-from mlalign.recipe import LoraSection
+from mlalign.sections import LoraSection
 
 QUESTION_TOKENS = 20
 """Of a question, template included."""

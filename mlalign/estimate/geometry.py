@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from mlalign.estimate.tower import Tower, read_tower
-from mlalign.recipe import ModelSection
+from mlalign.sections import ModelSection
 
 MODELS = ("llava", "llava_next", "llava_onevision")
 """Model types whose parts are known here."""

@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from mlalign.estimate.geometry import Decoder, Geometry
 from mlalign.estimate.rows import PlanError, Rows
-from mlalign.recipe import LoraSection, Recipe
+from mlalign.recipe import Recipe
+from mlalign.sections import LoraSection
 
 Attention = Literal["dense", "causal", "split"]
 

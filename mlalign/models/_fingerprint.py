@@ -10,7 +10,7 @@ from transformers.utils import cached_file
 from mlalign.branching.reference_key import CacheKey, fingerprint_files, fingerprint_json
 from mlalign.models._vlm import VLM
 from mlalign.models.loading import dtype_of, resolve_path
-from mlalign.recipe import ModelSection
+from mlalign.sections import ModelSection
 
 
 def reference_key(section: ModelSection, vlm: VLM, data: str, *, blank: bool = False) -> CacheKey:

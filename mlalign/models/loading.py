@@ -13,7 +13,7 @@ from mlalign import methods
 from mlalign.branching.attention import use
 from mlalign.models._processor import load_processor
 from mlalign.models._vlm import VLM
-from mlalign.recipe import LoraSection, ModelSection
+from mlalign.sections import LoraSection, ModelSection
 
 BUILTIN = "builtin:"
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlalign.recipe import LaunchSection
+from mlalign.sections import LaunchSection
 
 LAUNCH_FOLDER = Path(__file__).parents[2] / "launch"
 

@@ -31,7 +31,7 @@ def train_arm(recipe: Recipe, arm: str, run: Path) -> PreferenceTrainer:
     """
     recipe = recipe.model_copy(update={"train": recipe.train_of(arm)})
     folder = run / arm
-    source = Path(recipe.data.pairs.get(arm, run / "data" / arm))
+    source = recipe.pairs_of(arm, run)
     if not source.exists():
         raise DataError(f"{source}: no pairs for {arm!r}. Run `mlalign build` on the recipe first")
     launch.join(recipe.launch)

@@ -17,8 +17,9 @@ from mlalign.microworld import world
 from mlalign.models._vlm import VLM
 from mlalign.models.loading import load_vlm_from
 from mlalign.objects import vocabulary
-from mlalign.recipe import EvalSection, MethodRef
+from mlalign.recipe import MethodRef
 from mlalign.records import Example
+from mlalign.sections import EvalSection
 
 MICRO = vocabulary("microworld")
 WANTED = (

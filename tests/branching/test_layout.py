@@ -17,7 +17,7 @@ from mlalign.branching.logps import completion_logps, next_token_logps
 from mlalign.images import open_image
 from mlalign.models._vlm import VLM
 from mlalign.models.loading import load_vlm_from, lora_config
-from mlalign.recipe import LoraSection
+from mlalign.sections import LoraSection
 from tests.train.pairs import make_pairs
 
 

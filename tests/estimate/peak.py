@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from mlalign.estimate.memory import estimate
 from mlalign.estimate.rows import Layout, Rows
-from mlalign.recipe import LoraSection
+from mlalign.sections import LoraSection
 from tests.estimate import tiny
 
 CASES: dict[str, tuple[Layout, bool]] = {

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from mlalign.estimate import activations
 from mlalign.estimate.plan import Plan
 from mlalign.estimate.rows import PlanError, Rows
-from mlalign.recipe import LoraSection
+from mlalign.sections import LoraSection
 from tests.estimate import tiny
 
 ROWS = Rows(prefix=90, completions=(20, 31))

@@ -14,7 +14,7 @@ from mlalign.branching.layout import lay_out
 from mlalign.branching.logps import completion_logps
 from mlalign.estimate.memory import estimate
 from mlalign.estimate.rows import Rows
-from mlalign.recipe import LoraSection
+from mlalign.sections import LoraSection
 from tests.estimate import tiny
 from tests.estimate.test_activations import LORA, SHAPE, kept
 

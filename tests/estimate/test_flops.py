@@ -18,7 +18,7 @@ from mlalign.estimate.flops import Conventions
 from mlalign.estimate.geometry import Geometry, read
 from mlalign.estimate.plan import Plan, adapter_of
 from mlalign.estimate.rows import PlanError, Rows
-from mlalign.recipe import LoraSection
+from mlalign.sections import LoraSection
 from tests.estimate import tiny
 
 SEVEN = LlavaConfig(text_config=LlamaConfig(vocab_size=32064))

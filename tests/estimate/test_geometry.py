@@ -24,7 +24,7 @@ from transformers import (
 
 import mlalign
 from mlalign.estimate.geometry import GeometryError, config_of, read, read_decoder
-from mlalign.recipe import ModelSection
+from mlalign.sections import ModelSection
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 307,

@@ -18,7 +18,7 @@ from mlalign.estimate.geometry import Geometry, read
 from mlalign.estimate.memory import estimate
 from mlalign.estimate.plan import Plan, adapter_of
 from mlalign.estimate.rows import Rows
-from mlalign.recipe import LoraSection
+from mlalign.sections import LoraSection
 from tests._syntax import REPOSITORY
 from tests.estimate import peak, tiny
 

@@ -17,7 +17,7 @@ from transformers import (
 from mlalign.estimate.geometry import Geometry, read
 from mlalign.estimate.plan import Plan, adapter_of
 from mlalign.estimate.rows import Rows
-from mlalign.recipe import LoraSection
+from mlalign.sections import LoraSection
 
 EVERY = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj"
 IMAGE_ID = 3

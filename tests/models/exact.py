@@ -14,7 +14,7 @@ from mlalign.branching.layout import pack
 from mlalign.branching.logps import completion_logps, next_token_logps
 from mlalign.models._vlm import VLM
 from mlalign.models.loading import lora_config
-from mlalign.recipe import LoraSection
+from mlalign.sections import LoraSection
 
 ANSWERS = (
     ("A red kettle stands on a table.", "A dog."),

@@ -16,7 +16,7 @@ from mlalign.models import loading
 from mlalign.models.llava import METHOD as Llava
 from mlalign.models.llava import pad_to_square
 from mlalign.models.loading import ModelError, load_adapter, load_vlm_from, lora_config
-from mlalign.recipe import LoraSection
+from mlalign.sections import LoraSection
 
 
 @pytest.mark.parametrize("mode", ["pad", "crop"])

@@ -17,8 +17,8 @@ from mlalign.images import open_image
 from mlalign.models._vlm import VLM
 from mlalign.models.loading import load_vlm_from, lora_config
 from mlalign.objectives.dpo import Dpo, DpoSettings
-from mlalign.recipe import LoraSection
 from mlalign.runlog import RunLog
+from mlalign.sections import LoraSection
 from mlalign.train.gate import GateError
 from mlalign.train.trainer import PreferenceTrainer
 from tests.train.pairs import make_pairs
