@@ -130,6 +130,9 @@ class TrainSection(Section):
     warmup: float = Field(default=0.0, ge=0, lt=1)
     """Share of the steps."""
     weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_length: int | None = Field(default=None, ge=1)
     """Tokens of prompt and completion; a completion that is cut to nothing is a counted skip."""
@@ -149,6 +152,10 @@ class TrainSection(Section):
     """Where caches lie, each in a folder of its own by what it was computed with."""
     save_every: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0: none, only the result: a run that was stopped starts anew."""
+    heldout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the images whose pairs no step sees; their loss is logged every save_every steps."""
+    choose: Literal["last", "best"] = "last"
+    """best: the weights with the lowest loss on the held-out pairs become the result."""
     log_every: int = Field(default=1, ge=1)
     blank_images: bool = False
     """Train on blank images: the control that asks whether the image matters."""
@@ -157,6 +164,8 @@ class TrainSection(Section):
     def _one_length(self) -> TrainSection:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
+        if self.choose == "best" and not self.heldout:
+            raise ValueError("choose: best needs heldout: a share of the pairs, e.g. 0.05")
         if self.pack_to is not None and self.layout == "padded":
             raise ValueError("pack_to needs layout: shared")
         return self

@@ -10,7 +10,7 @@ completion tokens of the whole batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,23 @@ class Group(NamedTuple):
     """First position of the prefix."""
     stops: tuple[int, ...]
     """Where the prefix ends, then where each completion ends (exclusive)."""
+
+
+class ImageView(NamedTuple):
+    """A further look at every pair that an objective asks for (its ``views``)."""
+
+    name: str
+    """Under which the objective finds it in ``TokenLogps.views``."""
+    image: Literal["crop", "noise", "blank", "record"]
+    """What takes the image's place; "record": the record's own ``rejected_image``."""
+    scores: Literal["chosen", "argmax"] = "chosen"
+    """chosen: the chosen answer, seeing the changed image. argmax: what the model would say in its
+    place, seeing the changed image (the likeliest token at each position of the chosen answer);
+    those tokens are then scored with the true image."""
+    whose: Literal["own", "policy"] = "own"
+    """With argmax: whether the reference scores its own likeliest tokens or the policy's."""
+    settings: tuple[tuple[str, float], ...] = ()
+    """Of the change, by name: area_min, area_max, step, wrap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +93,21 @@ class PrefixBatch:
     ids_C: tuple[str, ...] = ()
     """Record id of each completion."""
     sides_C: tuple[str, ...] = ()
-    """"chosen" or "rejected", or a number as text."""
+    """"chosen" or "rejected", or a number as text; of a view, its name and settings."""
+    edited_CS: Tensor | None = None
+    """float32; weight of the record's segment that each completion token belongs to, 0 outside of
+    them; None where nobody asked."""
+    views: tuple[str, ...] = ()
+    """Views behind the pairs: after 2N completions, chosen and rejected by turns, N of each."""
+    aside: dict[str, PrefixBatch] = field(default_factory=dict)
+    """Batches of N chosen answers with a changed image, by the view's name: their likeliest tokens
+    become a view of this batch (``views.with_targets``)."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PrefixBatch:
         """The same batch on another device (accelerate calls this by name)."""
 
         def moved(value: Any) -> Any:
-            if isinstance(value, Tensor):
+            if isinstance(value, (Tensor, PrefixBatch)):
                 return value.to(device, non_blocking=non_blocking)
             if isinstance(value, dict):
                 return {key: moved(each) for key, each in value.items()}
@@ -92,8 +117,13 @@ class PrefixBatch:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs in the batch, where its completions are chosen and rejected by turns."""
-        return len(self.row_C) // 2
+        """Pairs in the batch: its completions are chosen and rejected by turns, then views."""
+        return len(self.row_C) // (2 + len(self.views))
+
+    @property
+    def pair_ids(self) -> tuple[str, ...]:
+        """Record id of each pair."""
+        return self.ids_C[0 : 2 * self.num_pairs : 2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +140,10 @@ class TokenLogps:
     """bool; the token is the argmax; False at padding."""
     mean_logit_CS: Tensor
     """Mean logit over the vocabulary (TRL's logits/* metrics); no gradient."""
+    edited_CS: Tensor | None = None
+    """float32; as in the batch: weight of the record's segment, 0 outside of segments."""
+    views: dict[str, TokenLogps] = field(default_factory=dict)
+    """(N, S) each: one completion per pair, as the objective's ``views`` ask."""
 
     def sum_C(self) -> Tensor:
         """Log-prob of each completion: the sum over its tokens."""

@@ -33,7 +33,7 @@ def completion_logps(
     def head(linear: nn.Linear, hidden_RTD: Tensor) -> Tensor:
         return project(hidden_RTD[rows_M, sources_M], linear.weight, linear.bias, target_M)
 
-    found_M4 = _forward(model, batch, attention, head, **forward)
+    found_M4 = head_outputs(model, batch, attention, head, **forward)
     shape = batch.target_CS.shape
     table = found_M4.new_zeros(*shape, 4).masked_scatter(batch.mask_CS[..., None], found_M4)
     out = TokenLogps(
@@ -42,6 +42,7 @@ def completion_logps(
         entropy_CS=table[..., 1].detach(),
         top1_CS=table[..., 2].detach() > 0.5,
         mean_logit_CS=table[..., 3].detach(),
+        edited_CS=batch.edited_CS,
     )
     _check_finite(out, batch)
     return out
@@ -60,15 +61,18 @@ def next_token_logps(
         return nn.functional.linear(hidden_CD, linear.weight, linear.bias)
 
     with torch.no_grad():
-        logps_CV = _forward(model, batch, attention, head, **forward).float().log_softmax(-1)
+        logps_CV = head_outputs(model, batch, attention, head, **forward).float().log_softmax(-1)
     _refuse(~torch.isfinite(logps_CV.amax(-1)), batch)
     return logps_CV
 
 
-def _forward(
+def head_outputs(
     model: nn.Module, batch: PrefixBatch, attention: str, head: Any, **forward: Any
 ) -> Tensor:
-    """What ``head(linear, hidden states (R, T, D))`` gives in the output head's place."""
+    """What ``head(linear, hidden states (R, T, D))`` gives in the output head's place.
+
+    Raises ValueError for a batch without image features.
+    """
     if batch.features is None:
         raise ValueError("the batch has no image features: take it through VLM.encode first")
     core = unwrap(model)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from rich.progress import track
+from torch import Tensor
 
-from mlalign.branching.batch import PrefixBatch
+from mlalign.branching.batch import ImageView, PrefixBatch
 from mlalign.branching.layout import pack
+from mlalign.data.views import view_image, view_key
 from mlalign.images import image_size, open_image
 from mlalign.models._family import ImageInputs
 from mlalign.models._vlm import VLM
@@ -26,12 +29,21 @@ class TokenisedPair:
     prefix: list[int]
     chosen: list[int]
     rejected: list[int]
+    edited: tuple[list[float], list[float]] | None = None
+    """Weight of the record's segment at each token of chosen and rejected, 0 outside."""
 
 
 def tokenise(
-    vlm: VLM, pairs: Sequence[Preference], max_length: int | None, *, quiet: bool = False
+    vlm: VLM,
+    pairs: Sequence[Preference],
+    max_length: int | None,
+    *,
+    quiet: bool = False,
+    edits: bool = False,
 ) -> tuple[list[TokenisedPair], list[Skip]]:
     """Tokens of every pair, completions cut at the end to ``max_length`` tokens a row.
+
+    ``edits``: find the tokens of the records' segments too, for objectives that weigh them.
 
     A pair of which a completion would keep no token comes out as a Skip, never as a zero; so does
     a pair that differs only beyond the cut. Raises LayoutError as VLM.branch_ids does.
@@ -58,8 +70,44 @@ def tokenise(
                 Skip(id=pair.id, reason="chosen equals rejected after max_length", detail=detail)
             )
         else:
-            done.append(TokenisedPair(pair, prefix, chosen[:room], rejected[:room]))
+            edited = _edited(vlm, pair, len(chosen), len(rejected), room) if edits else None
+            done.append(TokenisedPair(pair, prefix, chosen[:room], rejected[:room], edited))
     return done, skips
+
+
+def _edited(
+    vlm: VLM, pair: Preference, chosen: int, rejected: int, room: int
+) -> tuple[list[float], list[float]]:
+    """A token belongs to a segment where they share a character; to the heavier of two."""
+    size = image_size(pair.image, pair.id)
+    found = []
+    for side, text, tokens in (
+        ("chosen", pair.chosen, chosen),
+        ("rejected", pair.rejected, rejected),
+    ):
+        segments = [s for s in pair.segments if s.side == side]
+        weights = [0.0] * tokens
+        if segments:
+            spans = vlm.token_spans(pair.prompt, text, size, pair.id)[-tokens:]
+            for place, (start, end) in enumerate(spans):
+                own = [s.weight for s in segments if s.start < end and start < s.end]
+                weights[place] = max(own, default=0.0)
+        found.append(weights[:room])
+    return found[0], found[1]
+
+
+_SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One prefix and what branches from it."""
+
+    prefix: list[int]
+    completions: list[list[int]]
+    image: ImageInputs
+    id: str
+    sides: tuple[str, ...]
 
 
 class Collator:
@@ -73,15 +121,20 @@ class Collator:
         layout: str = "shared",
         blank: bool = False,
         pack_to: int | None = None,
+        views: Sequence[ImageView] = (),
+        seed: int = 0,
     ) -> None:
         """``layout``: shared (one row per pair) or padded (one row per completion).
         ``blank``: every image is replaced by a uniform one (the control). ``pack_to``: several
-        pairs share a row of at most so many tokens."""
+        pairs share a row of at most so many tokens. ``views``: what the objective compares with
+        beside chosen and rejected; ``seed``: of what they draw."""
         self.vlm = vlm
         self.pairs = pairs
         self.layout = layout
         self.blank = blank
         self.pack_to = pack_to
+        self.views = tuple(views)
+        self.seed = seed
         self._by_id = {p.pair.id: p for p in pairs}
         self._cache: dict[str, ImageInputs] = {}
         self._cached_bytes = 0
@@ -91,37 +144,76 @@ class Collator:
         return {"batch": self.collate([self.pairs[row["index"]] for row in rows])}
 
     def collate(self, pairs: Sequence[TokenisedPair]) -> PrefixBatch:
-        """The pairs as one batch; completions are chosen and rejected by turns."""
-        images = [self._image(p.pair) for p in pairs]
-        prefixes = [p.prefix for p in pairs]
-        completions = [[p.chosen, p.rejected] for p in pairs]
-        ids = [[p.pair.id, p.pair.id] for p in pairs]
-        sides = [["chosen", "rejected"] for _ in pairs]
+        """The pairs as one batch; completions are chosen and rejected by turns, then the views."""
+        groups = [
+            _Group(p.prefix, [p.chosen, p.rejected], self._image(p.pair), p.pair.id, _SIDES)
+            for p in pairs
+        ]
+        seen = [view for view in self.views if view.scores == "chosen"]
+        for view in seen:
+            groups += [self._view(view, p) for p in pairs]
+        batch = self._rows(groups)
+        edits = [e for p in pairs if p.edited is not None for e in p.edited]
+        if edits:
+            batch = replace(batch, edited_CS=_padded(edits, batch.mask_CS))
+        aside = {
+            view.name: self._rows([self._view(view, p) for p in pairs])
+            for view in self.views
+            if view.scores == "argmax"
+        }
+        return replace(batch, views=tuple(view.name for view in seen), aside=aside)
+
+    def _rows(self, groups: Sequence[_Group]) -> PrefixBatch:
         if self.layout == "padded":
-            prefixes = [p for p in prefixes for _ in range(2)]
-            images = [i for i in images for _ in range(2)]
-            completions = [[c] for both in completions for c in both]
-            ids = [[i] for both in ids for i in both]
-            sides = [[s] for both in sides for s in both]
+            groups = [
+                replace(g, completions=[c], sides=(s,))
+                for g in groups
+                for c, s in zip(g.completions, g.sides, strict=True)
+            ]
         rows = None
         if self.pack_to is not None:
-            lengths = [
-                len(p) + sum(map(len, c)) for p, c in zip(prefixes, completions, strict=True)
-            ]
-            rows = pack(lengths, self.pack_to)
-        return self.vlm.rows(prefixes, completions, images, rows=rows, ids=ids, sides=sides)
+            rows = pack(
+                [len(g.prefix) + sum(map(len, g.completions)) for g in groups], self.pack_to
+            )
+        return self.vlm.rows(
+            [g.prefix for g in groups],
+            [g.completions for g in groups],
+            [g.image for g in groups],
+            rows=rows,
+            ids=[[g.id] * len(g.sides) for g in groups],
+            sides=[list(g.sides) for g in groups],
+        )
+
+    def _view(self, view: ImageView, pair: TokenisedPair) -> _Group:
+        """The chosen answer behind the view's image."""
+        prefix, record = pair.prefix, pair.pair
+        if view.image == "blank" or self.blank:
+            image = self.vlm.blank(self._image(record))
+        else:
+            changed = view_image(view, record, open_image(record.image, record.id), self.seed)
+            image = self.vlm.image(changed)
+            if view.image == "record":
+                # An image of another size may take another number of tokens.
+                prefix = self.vlm.branch_ids(
+                    record.prompt, [record.chosen, record.rejected], changed.size, record.id
+                )[0]
+        return _Group(prefix, [pair.chosen], image, record.id, (view_key(view, self.seed),))
 
     def with_a_mate(self, batch: PrefixBatch) -> PrefixBatch:
         """The pairs of a batch again, behind the longest pair of all."""
         longest = max(self.pairs, key=lambda p: len(p.prefix) + len(p.chosen) + len(p.rejected))
-        return self.collate([longest, *(self._by_id[name] for name in batch.ids_C[0::2])])
+        return self.collate([longest, *(self._by_id[name] for name in batch.pair_ids)])
 
-    def image_of(self, name: str) -> str:
-        """Text that changes with the image of a record, as it is shown."""
+    def image_of(self, name: str, side: str) -> str:
+        """Text that changes with the image of a record, as it is shown on a side."""
         if self.blank:
             return "blank"
         pair = self._by_id[name].pair
-        return pair.image_sha256 or pair.image.sha256()
+        shown = pair.image_sha256 or pair.image.sha256()
+        if side in _SIDES:
+            return shown
+        other = pair.rejected_image
+        return f"{shown} {side}" + (f" {other.sha256()}" if other is not None else "")
 
     def _image(self, pair: Preference) -> ImageInputs:
         key = pair.image_sha256 or pair.image.sha256()
@@ -135,3 +227,11 @@ class Collator:
             self._cache[key] = image
             self._cached_bytes += size
         return self._cache[key]
+
+
+def _padded(weights: Sequence[Sequence[float]], mask_CS: Tensor) -> Tensor:
+    """(C, S) float32 of lists, one per completion from the first on; 0 elsewhere."""
+    out = torch.zeros(mask_CS.shape)
+    for row, values in zip(out, weights, strict=False):
+        row[: len(values)] = torch.tensor(values)
+    return out

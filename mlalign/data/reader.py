@@ -18,18 +18,19 @@ class DataError(ValueError):
 
 
 def load_pairs(
-    path: str | Path, *, bad_records: str = "refuse"
+    path: str | Path, *, bad_records: str = "refuse", second_image: bool = False
 ) -> tuple[list[Preference], Counter]:
     """The pairs of a file or folder, images decoded once to find what is broken.
 
     Returns the pairs and the number of skipped rows by reason. ``bad_records``: "refuse" raises
     DataError with every fault; "skip" counts them. Raises DataError where no pair is left, and
-    StoreError where the file cannot be read.
+    StoreError where the file cannot be read. ``second_image``: the objective compares with
+    ``rejected_image``, which every pair then needs; else a pair that has one is a fault.
     """
     pairs: list[Preference] = []
     faults: list[Skip] = []
     for record in read_preferences(path):
-        skip = record if isinstance(record, Skip) else _image_fault(record)
+        skip = record if isinstance(record, Skip) else image_fault(record, second_image)
         if skip is None:
             assert isinstance(record, Preference)
             pairs.append(record)
@@ -63,15 +64,23 @@ def _duplicates(pairs: list[Preference]) -> list[Skip]:
     return faults
 
 
-def _image_fault(pair: Preference) -> Skip | None:
-    if pair.rejected_image is not None:
+def image_fault(pair: Preference, second_image: bool) -> Skip | None:
+    """What is wrong with a pair's image, decoded whole; ``second_image`` as for ``load_pairs``."""
+    if (pair.rejected_image is not None) != second_image:
+        has = pair.rejected_image is not None
         detail = (
-            f"record {pair.id!r}: has rejected_image, but no objective here compares two images. "
-            "Remove the column, or give the pair one image"
+            f"record {pair.id!r}: has rejected_image, but this objective compares no two images. "
+            "Remove the column, or train with {name: mdpo, image: record}"
+            if has
+            else f"record {pair.id!r}: has no rejected_image, with which this objective compares. "
+            "Give one to every pair, or train with {name: mdpo, image: crop}"
         )
-        return Skip(id=pair.id, reason="rejected_image is not served", detail=detail)
+        reason = "rejected_image is not served" if has else "rejected_image missing"
+        return Skip(id=pair.id, reason=reason, detail=detail)
     try:
         open_image(pair.image, pair.id)
+        if pair.rejected_image is not None:
+            open_image(pair.rejected_image, pair.id)
     except RecordError as error:
         return Skip(id=pair.id, reason=error.reason, detail=str(error))
     return None

@@ -53,6 +53,13 @@ class Family:
         return [getattr(core.model, name) for name in cls.towers]
 
     @classmethod
+    def projectors(cls, core: Any) -> list[str]:
+        """Names, in the model, of the modules between tower and language model."""
+        last = cls.frozen_towers(core)[-1]
+        members = list(last) if isinstance(last, nn.ModuleList) else [last]
+        return [name for name, each in core.named_modules() if any(each is m for m in members)]
+
+    @classmethod
     def image_token_id(cls, core: Any) -> int:
         """Id of the placeholder that stands once for every image token."""
         return int(core.config.image_token_id)
@@ -133,12 +140,23 @@ class Family:
 
         The same as the stock ``apply_chat_template(..., tokenize=True)``.
         """
+        text = cls.template_text(processor, messages, generation, size)
+        tokenizer = processor.tokenizer
+        return list(tokenizer(text, add_special_tokens=adds_bos(tokenizer, text))["input_ids"])
+
+    @classmethod
+    def template_text(
+        cls,
+        processor: Any,
+        messages: list[dict[str, Any]],
+        generation: bool,
+        size: tuple[int, int],
+    ) -> str:
+        """The chat template over ``messages``, image tokens expanded, before the tokenizer."""
         text = processor.apply_chat_template(
             messages, add_generation_prompt=generation, tokenize=False
         )
-        text = text.replace(cls.placeholder(processor), cls.image_text(processor, size), 1)
-        tokenizer = processor.tokenizer
-        return list(tokenizer(text, add_special_tokens=adds_bos(tokenizer, text))["input_ids"])
+        return text.replace(cls.placeholder(processor), cls.image_text(processor, size), 1)
 
     @classmethod
     def generation(

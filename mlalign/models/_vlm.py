@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mlalign.branching.batch import PrefixBatch
 from mlalign.branching.layout import LayoutError, common_prefix, lay_out
 from mlalign.models import _vision
-from mlalign.models._family import ImageInputs
+from mlalign.models._family import ImageInputs, adds_bos
 
 MAX_RETOKENISED = 2
 """How many tokens at the prompt's end a completion may merge with before it is an error."""
@@ -111,6 +111,37 @@ class VLM:
                 "differently. Mend the chat template"
             )
         return prompt_ids[:shared], [ids[shared:] for ids in whole]
+
+    def token_spans(
+        self, prompt: str, completion: str, size: tuple[int, int], name: str = "record"
+    ) -> list[tuple[int, int]]:
+        """Characters [start, end) of ``completion`` that each token of the whole template stands
+        for, last token last. Tokens of the prompt come out below 0, those behind it (end of turn)
+        as empty spans at its end or later.
+
+        Raises LayoutError, naming the record, where the template rewrites the text, or where the
+        tokenizer is a slow one, which keeps no offsets.
+        """
+        if not self.tokenizer.is_fast:
+            raise LayoutError(
+                f"{name}: segments need a fast tokenizer; {self.tokenizer.__class__.__name__} "
+                "does not say which characters a token stands for"
+            )
+        messages = [_user(prompt), _assistant(completion)]
+        text = self.family.template_text(self.processor, messages, False, size)
+        start = text.rfind(completion)
+        if start < 0:
+            # Many templates trim what they are given.
+            start = text.rfind(completion.strip())
+            start -= len(completion) - len(completion.lstrip())
+            if completion.strip() not in text:
+                raise LayoutError(
+                    f"{name}: the chat template rewrites the answer, so its segments cannot be "
+                    "found in it. Mend the chat template"
+                )
+        bos = adds_bos(self.tokenizer, text)
+        found = self.tokenizer(text, add_special_tokens=bos, return_offsets_mapping=True)
+        return [(a - start, b - start) for a, b in found["offset_mapping"]]
 
     def question_ids(
         self, prompts: Sequence[str], size: tuple[int, int]

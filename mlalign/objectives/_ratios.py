@@ -45,6 +45,19 @@ def log_ratios(policy: TokenLogps, reference: TokenLogps) -> Sides:
     return Sides(ratio_C[0::2], ratio_C[1::2])
 
 
+def view_ratio(policy: TokenLogps, reference: TokenLogps, view: str) -> Tensor:
+    """log pi - log ref of a view's completions, summed over tokens; in nats, float32, (N,).
+
+    Raises ValueError, naming the view, where the batch has none of that name.
+    """
+    if view not in policy.views or view not in reference.views:
+        raise ValueError(
+            f"the objective compares with the view {view!r}, which the batch has not: it is asked "
+            "for by the objective's ``views``, and the collator must be given them"
+        )
+    return policy.views[view].sum_C() - reference.views[view].sum_C()
+
+
 def per_token(ratios: Sides, policy: TokenLogps) -> Sides:
     """The same, divided by the tokens of each completion: nats per token.
 

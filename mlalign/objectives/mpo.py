@@ -90,6 +90,10 @@ class Mpo:
     def __init__(self, settings: MpoSettings) -> None:
         self.settings = settings
         self.parts = [(part.name, part.weight, part.objective()) for part in settings.parts]
+        views = [view for *_, part in self.parts for view in getattr(part, "views", ())]
+        self.views = tuple(dict.fromkeys(views))
+        """All that its parts look at."""
+        self.edits = any(getattr(part, "edits", False) for *_, part in self.parts)
 
     @property
     def at_reference(self) -> float | None:

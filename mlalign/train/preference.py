@@ -18,6 +18,7 @@ from mlalign.recipe import Recipe, configure
 from mlalign.runlog import RunLog
 from mlalign.store import fingerprint, folder_atomic
 from mlalign.train import checkpointing, checkpoints, launch
+from mlalign.train.heldout import HeldOut, split
 from mlalign.train.references import References, Refresh
 from mlalign.train.trainer import DPOConfig, PreferenceTrainer
 
@@ -40,19 +41,55 @@ def train_arm(recipe: Recipe, arm: str, run: Path) -> PreferenceTrainer:
     log = RunLog(run, enabled=main)
     # After the arguments, so that ZeRO-3 shards the weights while they load.
     vlm = load_vlm(recipe.model)
-    pairs, skips = load_pairs(source, bad_records=recipe.data.bad_records)
-    tokenised, cut = tokenise(vlm, pairs, recipe.train.max_length, quiet=not main)
+    objective = objective_of(recipe)
+    views = getattr(objective, "views", ())
+    pairs, skips = load_pairs(
+        source,
+        bad_records=recipe.data.bad_records,
+        second_image=any(view.image == "record" for view in views),
+    )
+    edits = getattr(objective, "edits", False)
+    if edits and not any(pair.segments for pair in pairs):
+        raise DataError(
+            f"{source}: no pair has segments, so {recipe.train.objective.name} would weigh nothing "
+            "and train plain DPO. Build the pairs with segments, or name another objective"
+        )
+    tokenised, cut = tokenise(vlm, pairs, recipe.train.max_length, quiet=not main, edits=edits)
     for skip in cut:
         skips[skip.reason] += 1
     if main and skips:
         log.event(arm, "pairs skipped", counts=dict(skips), examples=[s.detail for s in cut[:3]])
         print(f"{arm}: skipped {sum(skips.values())} pairs: {dict(skips)}", flush=True)
-    _enough(tokenised, recipe, source, skips)
+    training, heldout = split(tokenised, recipe.train.heldout, recipe.seed)
+    _enough(training, recipe, source, skips)
+    if recipe.train.heldout and not heldout:
+        raise DataError(f"{source}: train.heldout {recipe.train.heldout:g} holds out no pair")
     if recipe.train.gradient_checkpointing == "auto":
         arguments.gradient_checkpointing, why = checkpointing.decide(recipe, vlm, tokenised)
         log.event(arm, "gradient checkpointing", on=arguments.gradient_checkpointing, why=why)
-    trainer = _trainer(recipe, arm, vlm, tokenised, arguments, log, fingerprint(source))
+    trainer = _trainer(
+        recipe,
+        arm,
+        vlm,
+        [*training, *heldout],
+        len(training),
+        objective,
+        arguments,
+        log,
+        fingerprint(source),
+    )
     _add_probes(recipe, arm, run, trainer, vlm, log)
+    chooser = None
+    if heldout:
+        best = recipe.train.choose == "best"
+        chooser = HeldOut(
+            trainer,
+            heldout,
+            folder,
+            every=recipe.train.save_every,
+            save=(lambda target: save_result(trainer, vlm, target)) if best else None,
+        )
+        trainer.add_callback(chooser)
     last = checkpoints.last_complete(folder / "checkpoints")
     if last is not None:
         checkpoints.check(last, trainer.checkpoint_facts)
@@ -63,7 +100,11 @@ def train_arm(recipe: Recipe, arm: str, run: Path) -> PreferenceTrainer:
         trainer.references.flush()
         counts = {"hits": trainer.references.hits, "misses": trainer.references.misses}
         log.event(arm, "reference cache, batches of rank 0", **counts)
-    save_result(trainer, vlm, folder)
+    if chooser is not None and chooser.save is not None:
+        log.event(arm, "weights chosen on held-out pairs", **chooser.best())
+        chooser.take(folder)
+    else:
+        save_result(trainer, vlm, folder)
     return trainer
 
 
@@ -91,6 +132,9 @@ def training_arguments(recipe: Recipe, folder: Path) -> DPOConfig:
         lr_scheduler_type=train.schedule,
         warmup_steps=train.warmup,
         weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_epsilon=train.adam_epsilon,
         max_grad_norm=train.max_grad_norm,
         # auto is decided once the lengths of the data are known.
         gradient_checkpointing=train.gradient_checkpointing is True,
@@ -112,6 +156,12 @@ def training_arguments(recipe: Recipe, folder: Path) -> DPOConfig:
         ddp_find_unused_parameters=False,
         disable_tqdm=processes > 1 and launch.rank() != 0,
     )
+
+
+def objective_of(recipe: Recipe) -> Any:
+    """The recipe's objective with its settings. Raises RecipeError, UnknownMethod."""
+    method = methods.find("mlalign.objectives", recipe.train.objective.name)
+    return method(configure(method, recipe.train.objective, "train.objective"))
 
 
 def save_result(trainer: PreferenceTrainer, vlm: VLM, folder: Path) -> Path:
@@ -137,14 +187,21 @@ def _trainer(
     arm: str,
     vlm: VLM,
     tokenised: list[TokenisedPair],
+    trained: int,
+    objective: Any,
     arguments: DPOConfig,
     log: RunLog,
     data: str,
 ) -> PreferenceTrainer:
-    objective = methods.find("mlalign.objectives", recipe.train.objective.name)
     train = recipe.train
     collator = Collator(
-        vlm, tokenised, layout=train.layout, blank=train.blank_images, pack_to=train.pack_to
+        vlm,
+        tokenised,
+        layout=train.layout,
+        blank=train.blank_images,
+        pack_to=train.pack_to,
+        views=getattr(objective, "views", ()),
+        seed=recipe.seed,
     )
     references = None
     if train.reference == "cached":
@@ -153,7 +210,7 @@ def _trainer(
             train.reference_folder, key, collator.image_of, arguments.process_index
         )
     full = recipe.model.adapter == "none"
-    rows = {"index": list(range(len(tokenised))), "images": [[] for _ in tokenised]}
+    rows = {"index": list(range(trained)), "images": [[] for _ in range(trained)]}
     trainer = PreferenceTrainer(
         model=vlm.model,
         vlm=vlm,
@@ -165,7 +222,7 @@ def _trainer(
         peft_config=None
         if recipe.model.adapter == "none"
         else lora_config(recipe.model.adapter, vlm),
-        objective=objective(configure(objective, recipe.train.objective, "train.objective")),
+        objective=objective,
         attention=train.attention,
         references=references,
         log=log,

@@ -22,10 +22,11 @@ FAULT, MISS, HIT = 0, 1, 2
 
 
 class References:
-    """The cache of one arm. ``image_of``: text that changes with the image of a record id."""
+    """The cache of one arm. ``image_of``: text that changes with the image that a record (id) shows
+    on a side."""
 
     def __init__(
-        self, root: str | Path, key: CacheKey, image_of: Callable[[str], str], rank: int = 0
+        self, root: str | Path, key: CacheKey, image_of: Callable[[str, str], str], rank: int = 0
     ) -> None:
         self.cache = ReferenceCache.open(key.folder_in(root), key, rank=rank)
         self.image_of = image_of
@@ -66,8 +67,8 @@ class References:
         }
         places = zip(batch.row_C.tolist(), batch.source_CS[:, 0].tolist(), strict=True)
         return [
-            input_digest(prefix_of[place], self.image_of(name))
-            for place, name in zip(places, batch.ids_C, strict=True)
+            input_digest(prefix_of[place], self.image_of(name, side))
+            for place, name, side in zip(places, batch.ids_C, batch.sides_C, strict=True)
         ]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from mlalign.branching.batch import ObjectiveOut, PrefixBatch, TokenLogps
+from mlalign.branching.batch import ImageView, ObjectiveOut, PrefixBatch, TokenLogps
 from mlalign.branching.logps import completion_logps
+from mlalign.branching.views import argmax_tokens, by_view, with_targets
 from mlalign.models._vlm import VLM
 from mlalign.runlog import RunLog
 from mlalign.train import checkpoints
@@ -57,6 +58,12 @@ class PreferenceTrainer(DPOTrainer):
     ) -> None:
         self.vlm = vlm
         self.objective = objective
+        self.views: tuple[ImageView, ...] = getattr(objective, "views", ())
+        if references is not None and any(view.scores == "argmax" for view in self.views):
+            raise ValueError(
+                "train.reference: cached cannot serve this objective, whose rejected tokens change "
+                "while the model learns. Give train.reference: live"
+            )
         self.attention = attention
         self.references = references
         self.gate: Gate | None = None
@@ -75,13 +82,7 @@ class PreferenceTrainer(DPOTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective over the batch, scaled to the optimiser step."""
-        batch = inputs["batch"].to(self.accelerator.device)
-        if self.vlm.sees_frozen:
-            # One tower call for policy and reference: what an image gives is the same for both.
-            batch = self.vlm.encode(batch, model)
-        reference = self.reference_logps(batch)
-        policy = self._logps(model, batch)
-        out = self.objective(policy, reference)
+        batch, policy, reference, out = self.outputs(model, inputs["batch"])
         if self.gate is None and self.is_in_train and self.state.global_step == 0:
             self._check_start(model, batch, policy, reference, out)
         world = self.accelerator.num_processes
@@ -91,25 +92,53 @@ class PreferenceTrainer(DPOTrainer):
         self._record(batch, policy, reference, out)
         return (loss, {"per_pair": out.per_pair_N}) if return_outputs else loss
 
+    def outputs(
+        self, model: Any, batch: PrefixBatch
+    ) -> tuple[PrefixBatch, TokenLogps, TokenLogps, ObjectiveOut]:
+        """The batch as it was run, log-probs of policy and reference, what the objective says."""
+        batch = batch.to(self.accelerator.device)
+        if self.vlm.sees_frozen:
+            # One tower call for policy and reference: what an image gives is the same for both.
+            batch = self.vlm.encode(batch, model)
+            aside = {name: self.vlm.encode(each, model) for name, each in batch.aside.items()}
+            batch = replace(batch, aside=aside)
+        asked = self._with_argmax(model, batch, "policy")
+        reference = self.reference_logps(asked)
+        own = self._with_argmax(model, asked, "own")
+        policy = by_view(self._logps(model, own), own)
+        return batch, policy, reference, self.objective(policy, reference)
+
     def reference_logps(self, batch: PrefixBatch) -> TokenLogps:
         """The frozen reference on the same rows: adapter off, or the second copy; from the cache
         where there is one. No gradient."""
         if self.references is not None:
-            return self.references.get(batch, lambda: self._live_reference(batch))
-        return self._live_reference(batch)
+            found = self.references.get(batch, lambda: self._live_reference(batch)[0])
+            return by_view(found, batch)
+        return by_view(*self._live_reference(batch))
 
-    def _live_reference(self, batch: PrefixBatch) -> TokenLogps:
+    def _live_reference(self, batch: PrefixBatch) -> tuple[TokenLogps, PrefixBatch]:
         model: Any = self.model
         with torch.no_grad(), contextlib.ExitStack() as stack:
-            reference: Any = self.ref_model
-            if reference is not None:
-                return self._logps(reference, batch)
-            peft_model: Any = self.accelerator.unwrap_model(model)
-            stack.enter_context(peft_model.disable_adapter())
-            return self._logps(model, batch)
+            if self.ref_model is not None:
+                model = self.ref_model
+            else:
+                peft_model: Any = self.accelerator.unwrap_model(model)
+                stack.enter_context(peft_model.disable_adapter())
+            batch = self._with_argmax(model, batch, "own")
+            return self._logps(model, batch), batch
 
     def _logps(self, model: Any, batch: PrefixBatch) -> TokenLogps:
         return completion_logps(model, self.vlm.encode(batch, model), self.attention)
+
+    def _with_argmax(self, model: Any, batch: PrefixBatch, whose: str) -> PrefixBatch:
+        """The batch with the likeliest tokens of its ``aside`` views that are ``whose`` to find."""
+        wanted = {view.name for view in self.views if view.whose == whose}
+        left = dict(batch.aside)
+        for name in [name for name in batch.aside if name in wanted]:
+            aside = self.vlm.encode(left.pop(name), model)
+            target_NS = argmax_tokens(model, aside, self.attention)
+            batch = with_targets(batch, name, target_NS)
+        return replace(batch, aside=left)
 
     def _check_start(
         self,
@@ -123,7 +152,7 @@ class PreferenceTrainer(DPOTrainer):
         collator: Any = self.data_collator
         mates = collator.with_a_mate(batch).to(self.accelerator.device)
         with torch.no_grad():
-            again = self._logps(model, mates)
+            again = by_view(self._logps(model, mates), mates)
         expected = getattr(self.objective, "at_reference", None)
         dtype = self.vlm.core.get_input_embeddings().weight.dtype
         self.gate = measure(batch, policy, again, reference, out.per_pair_N, expected, dtype)
@@ -149,7 +178,7 @@ class PreferenceTrainer(DPOTrainer):
         self, batch: PrefixBatch, policy: TokenLogps, reference: TokenLogps, out: ObjectiveOut
     ) -> None:
         """Metrics under TRL's names, as sums and counts gathered once over the processes."""
-        chosen_C = torch.arange(len(batch.row_C), device=batch.row_C.device) % 2 == 0
+        chosen_C = torch.arange(2 * batch.num_pairs, device=batch.row_C.device) % 2 == 0
         policy_C, reference_C = policy.sum_C().detach(), reference.sum_C()
         ratio_N = (policy_C - reference_C)[0::2] - (policy_C - reference_C)[1::2]
         tokens_C = policy.lengths_C()
@@ -195,7 +224,7 @@ class PreferenceTrainer(DPOTrainer):
         self, batch: PrefixBatch, policy_C: Tensor, reference_C: Tensor, out: ObjectiveOut
     ) -> None:
         columns = zip(
-            batch.ids_C[0::2],
+            batch.pair_ids,
             out.per_pair_N.tolist(),
             out.margins_N.tolist(),
             policy_C[0::2].tolist(),
