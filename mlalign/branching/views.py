@@ -7,7 +7,7 @@ further row: the hidden states are there.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -79,5 +79,12 @@ def with_targets(batch: PrefixBatch, name: str, target_NS: Tensor) -> PrefixBatc
 
 def _part(logps: TokenLogps, rows: slice) -> TokenLogps:
     """Some completions of it."""
-    values = {f.name: getattr(logps, f.name) for f in fields(logps) if f.name != "views"}
-    return TokenLogps(**{k: v if v is None else v[rows] for k, v in values.items()})
+    edited = logps.edited_CS
+    return TokenLogps(
+        logps_CS=logps.logps_CS[rows],
+        mask_CS=logps.mask_CS[rows],
+        entropy_CS=logps.entropy_CS[rows],
+        top1_CS=logps.top1_CS[rows],
+        mean_logit_CS=logps.mean_logit_CS[rows],
+        edited_CS=None if edited is None else edited[rows],
+    )

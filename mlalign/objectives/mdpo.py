@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch.nn.functional import logsigmoid
 
@@ -82,7 +83,7 @@ class Mdpo:
         metrics = {name: value.detach().mean() for name, value in terms.items()}
         metrics["rewards/image_margins"] = beta * (ratios.chosen_N - other_N).detach().mean()
         metrics["rewards/image_accuracies"] = (ratios.chosen_N > other_N).float().mean()
-        return with_rewards(sum(terms.values()), ratios, beta, metrics)
+        return with_rewards(torch.stack([*terms.values()]).sum(0), ratios, beta, metrics)
 
 
 METHOD = Mdpo
