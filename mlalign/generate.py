@@ -1,4 +1,5 @@
-"""Text from a model: batches of images and prompts, greedy or sampled, the same in any batch.
+"""Text from a model: batches of prompts, with an image or without; greedy or sampled; the same text
+in any batch.
 
 Sampling draws ``argmax(logits / temperature + Gumbel noise)`` over the top-p set, which is an exact
 draw from that distribution. The noise of a row comes from a generator of its own, seeded by (seed,
@@ -23,16 +24,17 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from mlalign.images import open_image
 from mlalign.models._family import ImageInputs
 from mlalign.models._vlm import VLM
-from mlalign.records import ImageRef
+from mlalign.records import ImageRef, RecordError
 
 
 @dataclass(frozen=True)
 class Request:
-    """One image and one prompt to be answered."""
+    """One image, or none, and one prompt to be answered."""
 
     id: str
     """Record id: it seeds the samples and names the record in errors."""
-    image: ImageRef
+    image: ImageRef | None
+    """None: the prompt stands alone."""
     prompt: str
 
 
@@ -72,8 +74,7 @@ def generate(
     texts: list[list[str]] = [[] for _ in requests]
     bar = tqdm(total=len(rows), desc=desc, unit="text", disable=len(rows) <= batch_size)
     with bar, undisturbed(vlm):
-        for start in range(0, len(rows), batch_size):
-            chunk = rows[start : start + batch_size]
+        for chunk in _chunks(requests, rows, batch_size):
             answers = _generate_batch(vlm, [(requests[i], n) for i, n in chunk], decoding)
             for (i, _), answer in zip(chunk, answers, strict=True):
                 texts[i].append(answer)
@@ -136,17 +137,30 @@ def row_seed(seed: int, record_id: str, sample: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def _chunks(
+    requests: Sequence[Request], rows: Sequence[tuple[int, int]], size: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Rows with an image, then those without: a batch is of one kind."""
+    for seen in (True, False):
+        kind = [row for row in rows if (requests[row[0]].image is not None) == seen]
+        for start in range(0, len(kind), size):
+            yield kind[start : start + size]
+
+
 def _generate_batch(vlm: VLM, rows: Sequence[tuple[Request, int]], decoding: Decoding) -> list[str]:
-    """One text per (request, sample number)."""
+    """One text per (request, sample number); every request has an image, or none has."""
     inputs: dict[ImageRef, ImageInputs] = {}
     for request, _ in rows:
-        if request.image not in inputs:
+        if request.image is not None and request.image not in inputs:
             inputs[request.image] = vlm.image(open_image(request.image, request.id))
-    seen = [inputs[request.image] for request, _ in rows]
-    prefixes = [
-        vlm.prefix_ids(request.prompt, image.size)
-        for (request, _), image in zip(rows, seen, strict=True)
-    ]
+    seen = [inputs[request.image] for request, _ in rows if request.image is not None]
+    if seen:
+        prefixes = [
+            vlm.prefix_ids(request.prompt, image.size)
+            for (request, _), image in zip(rows, seen, strict=True)
+        ]
+    else:
+        prefixes = [_text_ids(vlm, request) for request, _ in rows]
     width = max(map(len, prefixes))
     ends = end_ids(vlm)
     ids = torch.full((len(rows), width), vlm.pad_id)
@@ -154,6 +168,10 @@ def _generate_batch(vlm: VLM, rows: Sequence[tuple[Request, int]], decoding: Dec
     for row, prefix in enumerate(prefixes):
         ids[row, width - len(prefix) :] = torch.tensor(prefix)
         mask[row, width - len(prefix) :] = 1
+    pictures: dict[str, Any] = {}
+    if seen:
+        pictures = {"mm_encoder_outputs": {"image": vlm.features(seen)}}
+        pictures |= vlm.family.generation(ids.to(vlm.device), vlm.image_token_id, seen)
     processors = LogitsProcessorList()
     if decoding.temperature > 0:
         processors.append(GumbelNoise(decoding, [(request.id, n) for request, n in rows]))
@@ -161,12 +179,26 @@ def _generate_batch(vlm: VLM, rows: Sequence[tuple[Request, int]], decoding: Dec
         out = vlm.model.generate(
             input_ids=ids.to(vlm.device),
             attention_mask=mask.to(vlm.device),
-            mm_encoder_outputs={"image": vlm.features(seen)},
-            **vlm.family.generation(ids.to(vlm.device), vlm.image_token_id, seen),
+            **pictures,
             logits_processor=processors,
             generation_config=_plain_config(decoding, ends, vlm.pad_id),
         )
     return [_text(vlm, row, ends) for row in out[:, width:].tolist()]
+
+
+def _text_ids(vlm: VLM, request: Request) -> list[int]:
+    """Ids of the chat template over a prompt without an image, up to the assistant's header."""
+    placeholder = vlm.family.placeholder(vlm.processor)
+    if placeholder in request.prompt:
+        raise RecordError(
+            request.id,
+            "prompt",
+            f"holds {placeholder}, but no image goes with it",
+            "Remove the tag, or give the image",
+        )
+    message = {"role": "user", "content": [{"type": "text", "text": request.prompt}]}
+    # No placeholder is expanded, so the size does not matter.
+    return vlm.family.template_ids(vlm.processor, [message], True, (64, 64))
 
 
 def _plain_config(decoding: Decoding, ends: list[int], pad_id: int) -> GenerationConfig:

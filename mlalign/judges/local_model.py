@@ -1,4 +1,5 @@
-"""A local model that answers yes/no questions about an image by the probability of its next token.
+"""A local model that answers yes/no questions about an image by the probability of its next token,
+and writes text by greedy decoding or seeded sampling (``mlalign.generate``).
 
 RLAIF-V's "conquer" step (2405.17220, section 3.2): p_yes is the probability that the first token
 of the answer is one of the spellings of yes, summed over them; p_no likewise. Nothing is sampled.
@@ -18,8 +19,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from mlalign.branching.logps import next_token_logps
+from mlalign.generate import Decoding, Request, generate
 from mlalign.images import open_image
-from mlalign.judges import Answer
+from mlalign.judges import Answer, Task, Written
+from mlalign.judges._parse import EMPTY
 from mlalign.models._family import ImageInputs
 from mlalign.records import Example, ImageRef
 
@@ -94,6 +97,35 @@ class LocalModel:
             for index, asked in enumerate(questions)
         ]
 
+    def write_many(
+        self,
+        tasks: Sequence[Task],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[Written]:
+        """One result per task, in order, ``images_per_batch`` at a time; adapter off.
+
+        A text depends on neither its batch nor the order of tasks. An empty one is a failure.
+        Raises RecordError for an image that cannot be read.
+        """
+        requests = [Request(task.id, task.image, task.text) for task in tasks]
+        drawn = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        with self._base():
+            texts = generate(
+                self.vlm,
+                requests,
+                drawn,
+                batch_size=self.settings.images_per_batch,
+                desc="writing",
+            )
+        return [Written(text) if text else Written(None, EMPTY) for (text,) in texts]
+
+    def _base(self) -> contextlib.AbstractContextManager[Any]:
+        vlm = self.vlm
+        return vlm.adapter_off() if hasattr(vlm, "adapter_off") else contextlib.nullcontext()
+
     def _forward(self, examples: list[Example], questions: list[list[str]]) -> list[list[Answer]]:
         vlm = self.vlm
         inputs: dict[ImageRef, ImageInputs] = {}
@@ -109,8 +141,7 @@ class LocalModel:
             [inputs[example.image] for example in examples],
             ids=[[e.id] * len(asked) for e, asked in zip(examples, questions, strict=True)],
         ).to(vlm.device)
-        base = vlm.adapter_off() if hasattr(vlm, "adapter_off") else contextlib.nullcontext()
-        with torch.inference_mode(), base:
+        with torch.inference_mode(), self._base():
             logps_CV = next_token_logps(vlm.model, vlm.encode(batch))
         yes, no = self._ids()
         p_yes = logps_CV[:, yes].exp().sum(-1).tolist()
