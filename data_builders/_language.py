@@ -2,7 +2,8 @@
 
 "microworld" parses and writes the built-in world's closed grammar, so its texts are exact.
 "english" works by rules over the vocabulary's spans of objects, attributes and relations.
-Both state ``how = "rule"``: no language model has rewritten anything, and records say so.
+Both state ``how = "rule"``: no language model has rewritten anything, and records say so. Builders
+give this work out as jobs, to ``RuleScribe`` here or to a model (``_model_language``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from data_builders._jobs import Correct, Corrupt, Job, Paraphrase, Split
 from mlalign.records import Facts
 
 
@@ -25,9 +27,9 @@ class Statement:
     """Answered by yes where the statement is true."""
     start: int
     end: int
-    """Characters [start, end) of the text."""
+    """Characters [start, end) of the text; all of it where a model does not say where."""
     object: str
-    """Canonical name of the object it is about."""
+    """Canonical name of the object it is about; "" where the vocabulary has none."""
     attribute: str | None = None
     """The attribute it is about, or None where it is about presence alone."""
     position: str | None = None
@@ -108,3 +110,32 @@ def find_language(name: str, vocabulary: Any) -> Language:
 
         return EnglishLanguage(vocabulary)
     raise ValueError(f"no language {name!r} for builders. There are: english, microworld")
+
+
+class RuleScribe:
+    """Does jobs by the rules of a language, one after another. It never fails; None: cannot."""
+
+    def __init__(self, words: Language) -> None:
+        self.words = words
+        self.how = words.how
+
+    def origin(self) -> dict[str, str]:
+        """``how`` alone: a rule has no name."""
+        return {"how": self.how}
+
+    def do(self, jobs: Sequence[Job]) -> list[Any]:
+        """The result of each job, in order. Raises TypeError for a job that needs a model."""
+        return [self._do(job) for job in jobs]
+
+    def _do(self, job: Job) -> Any:
+        words, facts = self.words, job.example.facts
+        match job:
+            case Split():
+                return words.statements(job.text)
+            case Correct():
+                return words.corrected(job.text, job.wrong, facts)
+            case Paraphrase():
+                return words.paraphrase(job.text, facts, job.number)
+            case Corrupt():
+                return words.corrupted(job.text, facts, job.kind, job.rng, job.avoid, job.change)
+        raise TypeError(f"no rule does {type(job).__name__} jobs: they need a writer")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from mlalign.records import Preference, Segment, Skip
 
@@ -53,37 +52,24 @@ def equal_counts(pair: Preference) -> bool | None:
 class EqualCounts:
     """Lets through so many pairs with unequal mention counts as keep ``share`` of all equal.
 
-    A pair that comes too early is held back until there is room; what is left at the end is
-    skipped and counted. Pairs of no description pass freely and are not counted.
+    The first ones that there is room for; each other gives a Skip. Pairs of no description pass
+    freely and are not counted.
     """
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, candidates: Iterable[Preference]) -> None:
+        """``candidates``: every pair that ``admit`` will be asked about; only counted here."""
         self.share = share
-        self.equal = self.total = 0
-        self._held: deque[Preference] = deque()
+        self.equal = sum(equal_counts(pair) is True for pair in candidates)
+        self.unequal = 0
 
-    def admit(self, pair: Preference) -> Iterator[Preference]:
-        """The pairs that may go out now."""
-        equal = equal_counts(pair)
-        if equal is None:
-            yield pair
-            return
-        if not equal:
-            self._held.append(pair)
-        else:
-            self.equal, self.total = self.equal + 1, self.total + 1
-            yield pair
-        while self._held and self.equal >= self.share * (self.total + 1):
-            self.total += 1
-            yield self._held.popleft()
-
-    def finish(self) -> Iterator[Skip]:
-        """The pairs that found no room."""
-        while self._held:
-            pair = self._held.popleft()
-            yield Skip(
-                id=pair.id,
-                reason=COUNTS_DIFFER,
-                detail=f"{pair.scores[CHOSEN_MENTIONS]:.0f} against "
-                f"{pair.scores[REJECTED_MENTIONS]:.0f}",
+    def admit(self, pair: Preference) -> Preference | Skip:
+        """The pair, or why it is left out."""
+        if equal_counts(pair) is not False:
+            return pair
+        if self.equal < self.share * (self.equal + self.unequal + 1):
+            sides = pair.scores[CHOSEN_MENTIONS], pair.scores[REJECTED_MENTIONS]
+            return Skip(
+                id=pair.id, reason=COUNTS_DIFFER, detail=f"{sides[0]:.0f} against {sides[1]:.0f}"
             )
+        self.unequal += 1
+        return pair

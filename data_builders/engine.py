@@ -1,13 +1,20 @@
-"""Runs a builder over examples: streams, counts every skip, writes whole or not at all."""
+"""Runs a builder over examples: streams, counts every skip, resumes, writes whole or not at all.
+
+Two phases. Examples are read in chunks of ``builder.chunk``; what the builder makes of a chunk is
+committed to ``<out_folder>.partial`` when it is done. Then the builder's ``finish`` goes through
+the committed pairs in order, and what it keeps is written to ``out_folder``. Killed at any moment,
+the next start redoes the chunk that was under way, or the second phase, and gives the same bytes.
+One chunk is held in memory at a time.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import shutil
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,67 +22,32 @@ from typing import Any
 from tqdm import tqdm
 
 from data_builders import Builder
-from data_builders._pairs import CHOSEN_MENTIONS, REJECTED_MENTIONS, equal_counts
+from data_builders._chunks import BuildError as BuildError
+from data_builders._chunks import Journal
+from data_builders._identity import identity, settings_of
+from data_builders._tally import Sides, Tally
 from mlalign.records import Example, Preference, Skip
 from mlalign.store import write_preferences
 
-_SAMPLE = 3
-"""Record ids named for each reason of a skip."""
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+Examples = Iterable[Example | Skip] | Callable[[int], Iterable[Example | Skip]]
+"""Records, or a function that gives them from the n-th on without reading those before it."""
 
 
-class BuildError(ValueError):
-    """A build that gave no usable pairs. The message has the counts of every reason."""
+class NoPairsError(BuildError):
+    """A build of which nothing is worth keeping."""
 
 
-@dataclass
-class _Tally:
-    """What happened, by example and by pair."""
-
-    read: int = 0
-    pairs: int = 0
-    faulty: set[str] = field(default_factory=set)
-    reasons: Counter[str] = field(default_factory=Counter)
-    first_ids: dict[str, list[str]] = field(default_factory=dict)
-    described: int = 0
-    equal: int = 0
-    mentions: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    words: list[int] = field(default_factory=lambda: [0, 0])
-    characters: list[int] = field(default_factory=lambda: [0, 0])
-
-    def skip(self, skip: Skip, expected: frozenset[str]) -> None:
-        self.reasons[skip.reason] += 1
-        ids = self.first_ids.setdefault(skip.reason, [])
-        if len(ids) < _SAMPLE:
-            ids.append(skip.id)
-        if skip.reason not in expected:
-            self.faulty.add(skip.id)
-
-    def pair(self, pair: Preference) -> None:
-        self.pairs += 1
-        equal = equal_counts(pair)
-        if equal is not None:
-            self.described += 1
-            self.equal += equal
-            self.mentions[0] += pair.scores[CHOSEN_MENTIONS]
-            self.mentions[1] += pair.scores[REJECTED_MENTIONS]
-        for side, text in enumerate((pair.chosen, pair.rejected)):
-            self.words[side] += len(text.split())
-            self.characters[side] += len(text)
-
-    def faulty_share(self) -> float:
-        return len(self.faulty) / self.read if self.read else 0.0
-
-    def lines(self) -> str:
-        """Every reason with its count and the first ids, most frequent first."""
-        return "\n".join(
-            f"  {count} x {reason} (e.g. {', '.join(self.first_ids[reason])})"
-            for reason, count in self.reasons.most_common()
-        )
+def partial_of(out_folder: str | Path) -> Path:
+    """Where the finished chunks of a build lie until it is done."""
+    out = Path(out_folder)
+    return out.with_name(out.name + ".partial")
 
 
 def build(
     builder: Builder,
-    examples: Iterable[Example | Skip],
+    examples: Examples,
     *,
     out_folder: str | Path,
     max_skipped: float,
@@ -85,70 +57,106 @@ def build(
 ) -> dict[str, Any]:
     """Write the builder's pairs to ``out_folder`` and return the manifest.
 
-    ``about`` (source, vocabulary, seed...) is added to the manifest. ``max_skipped``: share of the
-    records read that may be lost to faults of the data; skips that belong to the method
-    (``builder.expected``) are counted beside them. Raises BuildError, leaving ``out_folder`` as it
-    was, where no pair was made or too many records were faulty.
+    ``about`` names what decides the pairs beside the builder's settings (source, seed, model,
+    judge...); it stands in the manifest, and a build that was stopped is only taken up again with
+    the same. ``max_skipped``: share of the records read that may be lost to faults of the data;
+    skips that belong to the method (``builder.expected``) are counted beside them.
+
+    Raises BuildError, leaving ``out_folder`` as it was, where no pair was made, too many records
+    were faulty, the disk is full, or ``<out_folder>.partial`` belongs to another build. Whatever
+    stops a build, finished chunks are kept, but for one that made no pair at all.
     """
-    start = time.monotonic()
-    name = desc or builder.name
-    tally = _Tally()
-    manifest: dict[str, Any] = {"builder": builder.name, **_settings(builder), **(about or {})}
-
-    def stream() -> Iterator[Preference]:
-        bar = tqdm(
-            total=total, desc=name, unit="record", disable=not sys.stderr.isatty(), leave=False
-        )
-        with contextlib.closing(bar):
-            for record in _run(builder, examples, tally, bar):
-                if isinstance(record, Skip):
-                    tally.skip(record, builder.expected)
-                else:
-                    tally.pair(record)
-                    yield record
-        _check(name, tally, max_skipped)
-        manifest.update(_numbers(builder, tally, time.monotonic() - start))
-
-    return write_preferences(out_folder, stream(), manifest)
-
-
-def _run(
-    builder: Builder, examples: Iterable[Example | Skip], tally: _Tally, bar: Any
-) -> Iterator[Preference | Skip]:
-    records = iter(examples)
-    while chunk := list(islice(records, builder.chunk)):
-        tally.read += len(chunk)
-        yield from (record for record in chunk if isinstance(record, Skip))
-        yield from builder.build_many([r for r in chunk if not isinstance(r, Skip)])
-        bar.update(len(chunk))
-        bar.set_postfix(pairs=tally.pairs, skips=sum(tally.reasons.values()))
-    yield from builder.finish()
+    out, name = Path(out_folder), desc or builder.name
+    manifest: dict[str, Any] = {
+        "builder": builder.name,
+        **({"settings": settings_of(builder)} if settings_of(builder) else {}),
+        **(about or {}),
+    }
+    with _full_disk(name, out):
+        journal = Journal(partial_of(out), identity(builder, about or {}))
+        try:
+            unsaved = _make(builder, examples, journal, name, total)
+            pairs = _kept(builder, journal, name, max_skipped, unsaved, manifest)
+            write_preferences(out, pairs, manifest)
+            journal.remove()
+        except BaseException as error:
+            if isinstance(error, NoPairsError) or not len(journal):
+                journal.remove()
+            else:
+                journal.close()
+                _say(f"{name}: stopped; {_done(journal)} are kept in {journal.folder}")
+            raise
+    return manifest
 
 
-def _check(name: str, tally: _Tally, max_skipped: float) -> None:
-    if tally.pairs == 0:
-        why = tally.lines() or "  the source gave no record: check its folder and split"
+def sweep(out_folder: str | Path) -> None:
+    """Remove what a kill in the last moment of a finished build may have left beside it."""
+    shutil.rmtree(partial_of(out_folder), ignore_errors=True)
+
+
+def _make(
+    builder: Builder, examples: Examples, journal: Journal, name: str, total: int | None
+) -> float:
+    """Commit every chunk that is not there yet; returns when the last of them was counted, as
+    ``time.monotonic()``: what comes after is not in the journal's seconds."""
+    mark = time.monotonic()
+    if len(journal):
+        _say(f"{name}: going on; {_done(journal)} are in {journal.folder}")
+    records = _from(examples, len(journal) * builder.chunk)
+    with _bar(total, name, "record", journal.tally.read) as bar:
+        while chunk := list(islice(records, builder.chunk)):
+            tally, pairs = _chunk(builder, chunk)
+            now = time.monotonic()
+            tally.seconds, mark = now - mark, now
+            journal.commit(tally, pairs)
+            bar.update(len(chunk))
+            bar.set_postfix(pairs=journal.tally.candidates, skips=journal.tally.skipped())
+    return mark
+
+
+def _chunk(builder: Builder, records: list[Example | Skip]) -> tuple[Tally, list[Preference]]:
+    builder.seen.clear()
+    skips = [record for record in records if isinstance(record, Skip)]
+    pairs: list[Preference] = []
+    for made in builder.build_many([r for r in records if not isinstance(r, Skip)]):
+        if isinstance(made, Skip):
+            skips.append(made)
+        else:
+            pairs.append(made)
+    tally = Tally(read=len(records), candidates=len(pairs))
+    tally.skips(skips, builder.expected)
+    tally.seen.update(builder.seen)
+    return tally, pairs
+
+
+def _kept(
+    builder: Builder,
+    journal: Journal,
+    name: str,
+    max_skipped: float,
+    unsaved: float,
+    manifest: dict[str, Any],
+) -> Iterator[Preference]:
+    """The pairs that ``finish`` leaves; after the last of them the manifest is complete."""
+    tally, sides, given = Tally(), Sides(), 0
+    tally.add(journal.tally)
+    with _bar(tally.candidates, f"{name}: writing", "pair") as bar:
+        for record in builder.finish(journal):
+            given += 1
+            bar.update()
+            if isinstance(record, Skip):
+                tally.skips([record], builder.expected)
+            else:
+                sides.add(record)
+                yield record
+    if given != tally.candidates:
         raise BuildError(
-            f"builder {name} made no pair at all from {tally.read} records. Nothing was written; "
-            f"what happened to them:\n{why}"
+            f"builder {name}: finish gave {given} of {tally.candidates} pairs back. Each is to be "
+            "given back, or a Skip in its place"
         )
-    if tally.faulty_share() > max_skipped:
-        raise BuildError(
-            f"builder {name} lost {len(tally.faulty)} of {tally.read} records "
-            f"({tally.faulty_share():.1%}) to faults, more than data.max_skipped = {max_skipped:g} "
-            f"allows. Nothing was written. Mend the records or raise data.max_skipped:\n"
-            + tally.lines()
-        )
-
-
-def _settings(builder: Builder) -> dict[str, Any]:
-    settings = getattr(builder, "settings", None)
-    return {"settings": settings.model_dump(mode="json")} if settings is not None else {}
-
-
-def _numbers(builder: Builder, tally: _Tally, seconds: float) -> dict[str, Any]:
-    pairs, described = tally.pairs, tally.described
-    return {
+    _check(name, tally, sides.pairs, max_skipped, journal.folder)
+    seconds = tally.seconds + time.monotonic() - unsaved
+    manifest |= {
         "records": tally.read,
         "skipped": {
             reason: {
@@ -159,14 +167,57 @@ def _numbers(builder: Builder, tally: _Tally, seconds: float) -> dict[str, Any]:
             for reason, count in tally.reasons.most_common()
         },
         "faulty_share": round(tally.faulty_share(), 4),
-        "description_pairs": described,
-        "equal_mention_share": round(tally.equal / described, 4) if described else None,
-        "mean_mentions_chosen": round(tally.mentions[0] / described, 3) if described else None,
-        "mean_mentions_rejected": round(tally.mentions[1] / described, 3) if described else None,
-        "mean_words_chosen": round(tally.words[0] / pairs, 2),
-        "mean_words_rejected": round(tally.words[1] / pairs, 2),
-        "mean_characters_chosen": round(tally.characters[0] / pairs, 2),
-        "mean_characters_rejected": round(tally.characters[1] / pairs, 2),
-        "seconds": round(seconds, 2),
-        **builder.report(),
+        **sides.numbers(),
+        "seconds": round(seconds, 3),
+        "records_per_second": round(tally.read / seconds, 2),
+        **builder.report(tally.seen),
     }
+
+
+def _check(name: str, tally: Tally, pairs: int, max_skipped: float, folder: Path) -> None:
+    if pairs == 0:
+        why = tally.lines() or "  the source gave no record: check its folder and split"
+        raise NoPairsError(
+            f"builder {name} made no pair at all from {tally.read} records. Nothing was written; "
+            f"what happened to them:\n{why}"
+        )
+    if tally.faulty_share() > max_skipped:
+        raise BuildError(
+            f"builder {name} lost {tally.faulty} of {tally.read} records "
+            f"({tally.faulty_share():.1%}) to faults, more than data.max_skipped = {max_skipped:g} "
+            f"allows. No pairs were written. Raise data.max_skipped and build again, which uses "
+            f"what is done; or mend the records and remove {folder}:\n" + tally.lines()
+        )
+
+
+def _from(examples: Examples, start: int) -> Iterator[Example | Skip]:
+    return iter(examples(start)) if callable(examples) else islice(examples, start, None)
+
+
+@contextlib.contextmanager
+def _bar(total: int | None, name: str, unit: str, done: int = 0) -> Iterator[Any]:
+    """A bar with the rate; what an earlier start has done does not count for the rate."""
+    quiet = not sys.stderr.isatty()
+    with tqdm(total=total, initial=done, desc=name, unit=unit, disable=quiet, leave=False) as bar:
+        yield bar
+
+
+@contextlib.contextmanager
+def _full_disk(name: str, out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise BuildError(
+            f"builder {name}: the disk is full ({error}). {out} is as it was; finished chunks are "
+            f"kept in {partial_of(out)}. Free some space and build again to go on"
+        ) from error
+
+
+def _done(journal: Journal) -> str:
+    return f"{journal.tally.read} records ({journal.tally.candidates} pairs)"
+
+
+def _say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)

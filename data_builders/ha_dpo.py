@@ -1,28 +1,31 @@
 """HA-DPO's preferences: the model's own description against itself corrected, in one style.
 
 Zhao et al., 2311.16839, section 3: the model describes an image by greedy search; what is wrong is
-found and corrected against the facts of the image; both sides are rephrased to one style, so that
-only truth differs between them. The same findings also give yes/no pairs. There GPT-4 detects,
-corrects and rephrases; here a judge of facts detects and rules do the rest (``origin.how``).
+found and corrected against the facts of the image (captions, objects, region descriptions); both
+sides are rephrased to one style, three times, so that only truth differs between them. The same
+findings also give yes/no pairs. There GPT-4 detects, corrects and rephrases. Here the run's writer
+does; without one a judge of facts detects and rules do the rest (``origin.how``).
 
-A wrong mention is replaced by a true object that the description had left out, where there is one,
-else removed. So truth, not brevity, is preferred; ``equal_counts`` bounds what is left of brevity.
+By rule a wrong mention is replaced by a true object that the description had left out, where there
+is one, else removed. So truth, not brevity, is preferred; ``equal_counts`` bounds what is left of
+brevity.
 
-Not here: beam search (5 beams in the paper) and statements that the facts cannot decide, which stay
-as they are on both sides.
+Findings are about single statements, not sentences. Not here: beam search (5 beams in the paper)
+and statements that the facts cannot decide, which stay as they are on both sides.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_builders._context import BuildContext
-from data_builders._judging import ask_all, claims, facts_judge, own_judge
-from data_builders._language import Statement
+from data_builders._correcting import EXPECTED, Corrected, Desk, Uncorrected, correct
+from data_builders._jobs import Check, Convert, Failed, Paraphrase, Work
+from data_builders._judging import ask_all, claims, own_judge
 from data_builders._pairs import (
     CHOSEN_MENTIONS,
     COUNTS_DIFFER,
@@ -30,14 +33,16 @@ from data_builders._pairs import (
     EqualCounts,
     differing_spans,
 )
+from data_builders._questions import pick, presence_names
 from mlalign.generate import Decoding, Request, generate
 from mlalign.judges import Answer
 from mlalign.records import Example, Preference, Segment, Skip
 
-NO_STATEMENT = "the description states nothing that can be checked"
-NOTHING_WRONG = "nothing wrong in the description"
-NOT_CORRECTABLE = "the description cannot be corrected by rule"
-STILL_WRONG = "the corrected description is still wrong"
+NO_WORDING = "no wording tells the corrected description from the model's"
+EMPTY_WORDING = "a paraphrase is empty"
+
+_CAPTIONS_ASKED = 4
+"""Descriptions of the image or its regions that a writer turns into questions."""
 
 
 class Settings(BaseModel):
@@ -50,7 +55,11 @@ class Settings(BaseModel):
     batch_size: int = Field(default=32, ge=1)
     """Descriptions per generation batch."""
     paraphrases: int = Field(default=3, ge=0, le=4)
-    """Wordings of each corrected description, the model's own first; 0: no description pairs."""
+    """Wordings that both sides are put in, by rule the model's own first; 0: no description pairs.
+    """
+    wordings: Literal["all", "one"] = "all"
+    """all: a pair for each wording, as the paper trains on; one: a pair for one of them, drawn for
+    each image, as the released loader has it."""
     yes_no: int = Field(default=2, ge=0)
     """Yes/no pairs per image, truths of yes and of no in turn, the model's own mistakes first."""
     only_mistakes: bool = False
@@ -66,11 +75,11 @@ class Settings(BaseModel):
 
 
 class HaDpo:
-    """The builder. ``context.judge`` finds what is wrong; without one, planted facts do."""
+    """The builder. ``context.judge`` finds what is wrong; without one, the writer or the facts."""
 
     Settings = Settings
     name = "ha_dpo"
-    expected = frozenset({NOTHING_WRONG, NOT_CORRECTABLE, STILL_WRONG, COUNTS_DIFFER})
+    expected = EXPECTED | {COUNTS_DIFFER, NO_WORDING}
 
     def __init__(self, settings: Settings, context: BuildContext) -> None:
         self.settings = settings
@@ -78,10 +87,9 @@ class HaDpo:
         self.chunk = settings.chunk
         self.words = context.words()
         self.vlm = context.need_vlm(self.name)
-        self.judge = context.judge if context.judge is not None else facts_judge(context)
+        self.desk = Desk(context)
         self.own = own_judge(context, self.name)
-        self._cap = EqualCounts(settings.equal_counts)
-        self._seen: Counter[str] = Counter()
+        self.seen: Counter[str] = Counter()
 
     def build_many(self, chunk: Sequence[Example]) -> Iterator[Preference | Skip]:
         """Describe, judge, correct; then ask the model what the descriptions got wrong."""
@@ -97,150 +105,123 @@ class HaDpo:
             desc="ha_dpo: describing",
         )
         texts = [self.words.tidy(samples[0]) for samples in drawn]
-        stated = [self.words.statements(text) for text in texts]
-        asked = [[s.question for s in statements] for statements in stated]
-        verdicts = ask_all(self.judge, chunk, asked)
-        mended: list[str | None] = []
-        for example, text, statements, answers in zip(chunk, texts, stated, verdicts, strict=True):
-            corrected = self._corrected(example, text, statements, answers)
-            mended.append(None if isinstance(corrected, Skip) else corrected)
-            if isinstance(corrected, Skip):
-                yield corrected
-                continue
-            for pair in self._descriptions(example, text, corrected, statements, answers):
-                yield from self._cap.admit(pair)
-        yield from self._yes_no(chunk, stated, mended)
+        works = [self._describe(e, text) for e, text in zip(chunk, texts, strict=True)]
+        found = []
+        for outcome, made in self.desk.together(works):
+            found.append(outcome)
+            yield from made
+        yield from self._yes_no(chunk, found)
 
-    def finish(self) -> Iterator[Preference | Skip]:
-        """Description pairs with unequal counts that found no room."""
-        yield from self._cap.finish()
+    def finish(self, candidates: Iterable[Preference]) -> Iterator[Preference | Skip]:
+        """All pairs but descriptions with unequal counts that there is no room for."""
+        yield from map(EqualCounts(self.settings.equal_counts, candidates).admit, candidates)
 
-    def report(self) -> dict[str, Any]:
+    def report(self, seen: Counter[str]) -> dict[str, Any]:
         """Statements by verdict, and yes/no pairs by truth and by what the model answered."""
-        return {"seen": dict(self._seen)}
+        return {"seen": dict(seen)}
 
-    def _corrected(
-        self, example: Example, text: str, statements: list[Statement], answers: dict[str, Answer]
-    ) -> str | Skip:
-        if not statements:
-            return Skip(id=example.id, reason=NO_STATEMENT, detail=text)
-        wrong = [s for s in statements if answers[s.question].verdict is False]
-        self._seen["statements"] += len(statements)
-        self._seen["statements_wrong"] += len(wrong)
-        self._seen["statements_undecided"] += sum(
-            not answers[s.question].decided for s in statements
+    def _describe(
+        self, example: Example, text: str
+    ) -> Work[tuple[Corrected | Uncorrected, list[Preference | Skip]]]:
+        """What was found in a description, and its pairs in each wording."""
+        outcome = yield from correct(example, text, self.seen)
+        if isinstance(outcome, Uncorrected):
+            return outcome, [outcome.skip]
+        made: list[Preference | Skip] = []
+        for number in self._numbers(example):
+            pair = yield from self._worded(example, outcome, number)
+            if pair is None:
+                self.seen["paraphrases_without_difference"] += 1
+            else:
+                made.append(pair)
+        if not made and self.settings.paraphrases:
+            made.append(Skip(id=example.id, reason=NO_WORDING, detail=text))
+        return outcome, made
+
+    def _numbers(self, example: Example) -> Sequence[int]:
+        every = range(self.settings.paraphrases)
+        if self.settings.wordings == "all" or not every:
+            return every
+        return [self.context.rng(self.name, "wording", example.id).choice(every)]
+
+    def _worded(
+        self, example: Example, outcome: Corrected, number: int
+    ) -> Work[Preference | Skip | None]:
+        # Both sides in one wording; by rule, the one that the rejected side has at this number.
+        chosen = yield Paraphrase(example=example, text=outcome.corrected, number=number)
+        rejected = yield Paraphrase(example=example, text=outcome.text, number=number)
+        for side in (chosen, rejected):
+            if isinstance(side, Failed):
+                return Skip(id=example.id, reason=side.reason, detail=side.detail)
+            if side is not None and not side.strip():
+                return Skip(id=example.id, reason=EMPTY_WORDING, detail=f"wording {number}")
+        if chosen is None or rejected is None or chosen == rejected:
+            return None
+        return Preference(
+            id=f"{self.name}-{example.id}-{number}",
+            image=example.image,
+            image_sha256=example.image_sha256,
+            prompt=example.prompt,
+            chosen=chosen,
+            rejected=rejected,
+            segments=differing_spans(chosen, rejected, "edit"),
+            claims=tuple(claims("rejected", outcome.statements, outcome.answers)),
+            scores={
+                CHOSEN_MENTIONS: float(self.words.mentions(chosen)),
+                REJECTED_MENTIONS: float(self.words.mentions(rejected)),
+            },
+            facts=example.facts,
+            origin=self._origin(example, "description", wording=number, model_text=outcome.text),
         )
-        if not wrong:
-            return Skip(id=example.id, reason=NOTHING_WRONG, detail=text)
-        corrected = self.words.corrected(text, wrong, example.facts)
-        if corrected is None:
-            return Skip(id=example.id, reason=NOT_CORRECTABLE, detail=text)
-        left = [s.question for s in self.words.statements(corrected)]
-        if any(answer.verdict is False for answer in self.judge.ask(example, left)):
-            return Skip(id=example.id, reason=STILL_WRONG, detail=f"{text} -> {corrected}")
-        return corrected
-
-    def _descriptions(
-        self,
-        example: Example,
-        text: str,
-        corrected: str,
-        statements: list[Statement],
-        answers: dict[str, Answer],
-    ) -> Iterator[Preference]:
-        for number in range(self.settings.paraphrases):
-            # Both sides in the wording that the rejected one has at this number.
-            chosen = self.words.paraphrase(corrected, example.facts, number)
-            rejected = self.words.paraphrase(text, example.facts, number)
-            if chosen is None or rejected is None or chosen == rejected:
-                self._seen["paraphrases_without_difference"] += 1
-                continue
-            yield Preference(
-                id=f"{self.name}-{example.id}-{number}",
-                image=example.image,
-                image_sha256=example.image_sha256,
-                prompt=example.prompt,
-                chosen=chosen,
-                rejected=rejected,
-                segments=differing_spans(chosen, rejected, "edit"),
-                claims=tuple(claims("rejected", statements, answers)),
-                scores={
-                    CHOSEN_MENTIONS: float(self.words.mentions(chosen)),
-                    REJECTED_MENTIONS: float(self.words.mentions(rejected)),
-                },
-                facts=example.facts,
-                origin=self._origin(example, "description", wording=number, model_text=text),
-            )
 
     def _yes_no(
-        self,
-        chunk: Sequence[Example],
-        stated: list[list[Statement]],
-        mended: list[str | None],
-    ) -> Iterator[Preference]:
+        self, chunk: Sequence[Example], found: Sequence[Corrected | Uncorrected]
+    ) -> Iterator[Preference | Skip]:
         """Questions whose truth is known, asked of the model; its mistakes first."""
         if not self.settings.yes_no:
             return
-        questions = [
-            self._questions(example, statements, corrected)
-            for example, statements, corrected in zip(chunk, stated, mended, strict=True)
-        ]
-        truths = ask_all(self.judge, chunk, questions)
-        answers = ask_all(self.own, chunk, questions)
-        for example, asked, truth, own in zip(chunk, questions, truths, answers, strict=True):
-            for number, question in enumerate(self._picked(example, asked, truth, own)):
+        works = [self._truths(e, outcome) for e, outcome in zip(chunk, found, strict=True)]
+        truths = self.desk.together(works)
+        asked = [[] if isinstance(truth, Failed) else list(truth) for truth in truths]
+        answers = ask_all(self.own, chunk, asked)
+        for example, truth, own in zip(chunk, truths, answers, strict=True):
+            if isinstance(truth, Failed):
+                yield Skip(id=example.id, reason=truth.reason, detail=truth.detail)
+                continue
+            picked = pick(
+                truth,
+                own,
+                self.context.rng(self.name, "questions", example.id),
+                count=self.settings.yes_no,
+                only_mistakes=self.settings.only_mistakes,
+            )
+            for number, question in enumerate(picked):
                 yield self._question_pair(example, number, question, truth[question], own[question])
 
-    def _questions(
-        self, example: Example, statements: list[Statement], corrected: str | None
-    ) -> list[str]:
-        """What the description says, what its correction says, and presence of what it left out
-        and of typical companions."""
-        names = sorted(example.facts.names())
-        said = {s.object for s in statements}
-        companions = self.context.vocabulary.companions
-        typical = sorted({c for n in names for c in companions.get(n, ())[:2] if c not in names})
+    def _truths(
+        self, example: Example, outcome: Corrected | Uncorrected
+    ) -> Work[dict[str, Answer] | Failed]:
+        """Truth by question: what the description says, what its correction says, presence of what
+        it left out and of typical companions, and by a writer what is known of the image."""
+        restated = outcome.restated if isinstance(outcome, Corrected) else []
+        questions = [s.question for s in (*outcome.statements, *restated)]
+        said = {s.object for s in outcome.statements}
         rng = self.context.rng(self.name, "absent", example.id)
-        others = [n for n in self.context.vocabulary.names if n not in names and n not in typical]
-        # Some that nothing speaks for, so that no image is without questions to deny.
-        typical += rng.sample(others, min(2, len(others)))
-        presence = sorted(names, key=lambda n: (n in said, n)) + typical
-        found = [s.question for s in statements]
-        if corrected is not None:
-            found += [s.question for s in self.words.statements(corrected)]
-        return list(dict.fromkeys(found + [self.words.presence_question(n) for n in presence]))
-
-    def _picked(
-        self,
-        example: Example,
-        asked: Sequence[str],
-        truth: dict[str, Answer],
-        own: dict[str, Answer],
-    ) -> list[str]:
-        rng = self.context.rng(self.name, "questions", example.id)
-        ranked: dict[bool, list[str]] = {True: [], False: []}
-        for question in asked:
-            verdict = truth[question].verdict
-            if verdict is None:
-                continue
-            mistaken = own[question].verdict is not verdict
-            if mistaken or not self.settings.only_mistakes:
-                ranked[verdict].append(question)
-        order = [rng.random() for _ in asked]
-        for verdict, questions in ranked.items():
-            keys = {
-                q: (own[q].verdict is verdict, order[i])
-                for i, q in enumerate(asked)
-                if q in questions
-            }
-            questions.sort(key=keys.__getitem__)
-        picked = []
-        turn = rng.random() < 0.5
-        while len(picked) < self.settings.yes_no and ranked[turn]:
-            # Truths in turn: a surplus of "no" would teach denial.
-            picked.append(ranked[turn].pop(0))
-            turn = not turn
-        return picked
+        names = presence_names(example.facts, said, self.context.vocabulary, rng)
+        questions += [self.words.presence_question(name) for name in names]
+        if self.context.writer is not None:
+            captions = list(example.facts.captions)
+            self.context.rng(self.name, "captions", example.id).shuffle(captions)
+            more = yield Convert(example=example, statements=captions[:_CAPTIONS_ASKED])
+            if isinstance(more, Failed):
+                return more
+            questions += more
+        questions = list(dict.fromkeys(questions))
+        known = outcome.answers
+        checked = yield Check(example=example, questions=[q for q in questions if q not in known])
+        if isinstance(checked, Failed):
+            return checked
+        return {q: known[q] if q in known else checked[q] for q in questions}
 
     def _question_pair(
         self, example: Example, number: int, question: str, truth: Answer, own: Answer
@@ -249,8 +230,8 @@ class HaDpo:
         if not truth.verdict:
             right, wrong = wrong, right
         mistaken = own.verdict is not truth.verdict
-        self._seen[f"yes_no_truth_{'yes' if truth.verdict else 'no'}"] += 1
-        self._seen["yes_no_model_mistaken"] += mistaken
+        self.seen[f"yes_no_truth_{'yes' if truth.verdict else 'no'}"] += 1
+        self.seen["yes_no_model_mistaken"] += mistaken
         return Preference(
             id=f"{self.name}-{example.id}-q{number}",
             image=example.image,
@@ -273,7 +254,7 @@ class HaDpo:
             "example": example.id,
             "builder": self.name,
             "part": part,
-            "how": self.words.how,
+            **self.desk.scribe.origin(),
             "seed": self.context.seed,
             **more,
         }

@@ -2,9 +2,10 @@
 
 Zhou et al., 2402.11411, section 3.1: the dispreferred answer is the ground truth with objects that
 typically occur together but are absent, wrong attributes and wrong relations. There GPT-4V writes
-the errors; here rules do, from the facts and a vocabulary's companions (``origin.how = "rule"``).
-The errors stand at random places, and mostly take the place of a true mention, so that neither
-counting mentions nor the words alone tell the sides apart.
+the errors. Here the run's writer does, with an instruction for each kind; without one rules do,
+from the facts and a vocabulary's companions (``origin.how``). By rule the errors stand at random
+places, and mostly take the place of a true mention, so that neither counting mentions nor the words
+alone tell the sides apart.
 
 Not here: the second half of the method, answers of the model to a noised image, which is a view at
 training time.
@@ -14,12 +15,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data_builders._context import BuildContext
+from data_builders._jobs import Corrupt, Failed, Work, in_step
 from data_builders._language import Corruption
 from data_builders._pairs import (
     CHOSEN_MENTIONS,
@@ -32,7 +34,7 @@ from mlalign.records import Example, Preference, Skip
 
 KINDS = ("object", "attribute", "relation")
 NO_CAPTION = "no reference caption"
-NOTHING_TO_CORRUPT = "nothing in the captions that a rule can make wrong"
+NOTHING_TO_CORRUPT = "nothing in the captions that can be made wrong"
 
 
 class Settings(BaseModel):
@@ -77,79 +79,95 @@ class Povid:
         self.context = context
         self.chunk = settings.chunk
         self.words = context.words()
-        self._cap = EqualCounts(settings.equal_counts)
-        self._made: Counter[str] = Counter()
+        self.scribe = context.scribe()
+        self.seen: Counter[str] = Counter()
 
     def build_many(self, chunk: Sequence[Example]) -> Iterator[Preference | Skip]:
-        """Pairs of each example, one after another; nothing is generated."""
-        for example in chunk:
-            for outcome in self._build(example):
-                if isinstance(outcome, Skip):
-                    yield outcome
-                else:
-                    yield from self._cap.admit(outcome)
+        """Pairs of each example, in order; no answer of the model is drawn."""
+        for made in in_step([self._build(example) for example in chunk], self.scribe.do):
+            yield from made
 
-    def finish(self) -> Iterator[Preference | Skip]:
-        """Pairs with unequal counts that found no room."""
-        yield from self._cap.finish()
+    def finish(self, candidates: Iterable[Preference]) -> Iterator[Preference | Skip]:
+        """All pairs but those with unequal counts that there is no room for."""
+        yield from map(EqualCounts(self.settings.equal_counts, candidates).admit, candidates)
 
-    def report(self) -> dict[str, Any]:
+    def report(self, seen: Counter[str]) -> dict[str, Any]:
         """Errors put in, by kind."""
-        return {"corruptions": dict(self._made)}
+        return {"corruptions": dict(seen)}
 
-    def _build(self, example: Example) -> Iterator[Preference | Skip]:
+    def _build(self, example: Example) -> Work[list[Preference | Skip]]:
         if not example.facts.captions:
-            yield Skip(id=example.id, reason=NO_CAPTION, detail="facts.captions is empty")
-            return
-        made: set[str] = set()
+            return [Skip(id=example.id, reason=NO_CAPTION, detail="facts.captions is empty")]
+        made: list[Preference | Skip] = []
+        texts: set[str] = set()
+        failed: Failed | None = None
         for number in range(self.settings.pairs_per_image):
             rng = self.context.rng("povid", example.id, number)
-            found = self._corrupt(example, rng)
-            if found is None or found[1] in made:
-                continue
-            made.add(found[1])
-            yield self._pair(example, len(made) - 1, *found)
-        if not made:
-            yield Skip(id=example.id, reason=NOTHING_TO_CORRUPT, detail=example.facts.captions[0])
+            found = yield from self._corrupt(example, rng)
+            if isinstance(found, Failed):
+                failed = found
+            elif found is not None and found[1] not in texts:
+                made.append(self._pair(example, len(texts), *found))
+                texts.add(found[1])
+        if failed is not None:
+            made.append(Skip(id=example.id, reason=failed.reason, detail=failed.detail))
+        elif not made:
+            caption = example.facts.captions[0]
+            made.append(Skip(id=example.id, reason=NOTHING_TO_CORRUPT, detail=caption))
+        return made
 
     def _corrupt(
         self, example: Example, rng: random.Random
-    ) -> tuple[str, str, list[Corruption]] | None:
+    ) -> Work[tuple[str, str, list[Corruption]] | Failed | None]:
         """(caption, corrupted caption, errors) of the first caption, in random order, that allows
         the kind drawn first, else of any kind."""
         captions = [self.words.tidy(caption) for caption in example.facts.captions]
         rng.shuffle(captions)
         for kind in self._kinds(rng):
             for caption in captions:
-                if not self.words.mentions(caption):
+                # A rule can only work on what the vocabulary knows.
+                if self.context.writer is None and not self.words.mentions(caption):
                     continue
-                done = self._apply(caption, example, kind, rng, ())
+                done = yield from self._apply(caption, example, kind, rng, ())
+                if isinstance(done, Failed):
+                    return done
                 if done is not None:
-                    return caption, *self._more(caption, done, example, rng)
+                    errors = yield from self._more(caption, done, example, rng)
+                    if isinstance(errors, Failed):
+                        return errors
+                    return caption, errors[-1].text, errors
         return None
 
     def _more(
         self, caption: str, first: Corruption, example: Example, rng: random.Random
-    ) -> tuple[str, list[Corruption]]:
-        errors, text = [first], first.text
+    ) -> Work[list[Corruption] | Failed]:
+        """The first error and those put in after it; the last one's text has them all."""
+        errors = [first]
         while len(errors) < self.settings.corruptions:
             avoid = [word for e in errors for word in (e.word, e.was) if word]
-            tries = (self._apply(text, example, kind, rng, avoid) for kind in self._kinds(rng))
-            more = next((c for c in tries if c is not None and c.text != caption), None)
+            more: Corruption | None = None
+            for kind in self._kinds(rng):
+                done = yield from self._apply(errors[-1].text, example, kind, rng, avoid)
+                if isinstance(done, Failed):
+                    return done
+                if done is not None and done.text != caption:
+                    more = done
+                    break
             if more is None:
                 break
             errors.append(more)
-            text = more.text
-        return text, errors
+        return errors
 
     def _apply(
         self, text: str, example: Example, kind: str, rng: random.Random, avoid: Sequence[str]
-    ) -> Corruption | None:
+    ) -> Work[Corruption | Failed | None]:
         change = 0
         if kind == "object" and rng.random() < self.settings.uneven:
             change = rng.choice((-1, 1))
-        done = self.words.corrupted(text, example.facts, kind, rng, avoid, change)
-        return done if done is not None and done.text != text else None
+        done = yield Corrupt(
+            example=example, text=text, kind=kind, rng=rng, avoid=avoid, change=change
+        )
+        return None if isinstance(done, Corruption) and done.text == text else done
 
     def _kinds(self, rng: random.Random) -> list[str]:
         """The kinds in a random order that follows their weights; those of weight 0 left out."""
@@ -164,7 +182,7 @@ class Povid:
     def _pair(
         self, example: Example, number: int, chosen: str, rejected: str, errors: list[Corruption]
     ) -> Preference:
-        self._made.update(error.kind for error in errors)
+        self.seen.update(error.kind for error in errors)
         label = errors[0].kind if len(errors) == 1 else "edit"
         return Preference(
             id=f"{self.name}-{example.id}-{number}",
@@ -183,7 +201,7 @@ class Povid:
                 "source": example.source,
                 "example": example.id,
                 "builder": self.name,
-                "how": self.words.how,
+                **self.scribe.origin(),
                 "seed": self.context.seed,
                 "errors": [{"kind": e.kind, "put_in": e.word, "instead_of": e.was} for e in errors],
             },

@@ -9,24 +9,25 @@ question. Conquer: the judge answers each by the probabilities of yes and no. Co
 Pairs have a score gap of at least ``min_gap``, at most ``pairs_per_prompt`` of a prompt; then those
 with (length_rejected - length_chosen) / length_rejected above a ratio are dropped, the ratio chosen
 from 0, 0.02 ... 1 so that the mean length gap is smallest (lengths in words). There Llama-3-8B
-splits and asks; here rules do (``origin.how``). The judge is the model itself, unless the run names
-one; planted facts only measure how often it is right.
+splits and asks. Here the run's writer does, without one rules (``origin.how``). The judge is the
+model itself, unless the run names one; planted facts only measure how often it is right.
 
-An answer without a claim would score 0, the best there is: it is left out and counted. Not here:
-the iterations of the paper (build, train, build again).
+An answer without a claim would score 0, the best there is: it is left out and counted, as is one
+that the writer did not split. Not here: the iterations of the paper (build, train, build again).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_builders._balance import best_ratio, keeps
 from data_builders._context import BuildContext
+from data_builders._jobs import Failed, Split
 from data_builders._judging import Agreement, ask_all, claims, facts_judge, own_judge
 from data_builders._language import Statement
 from data_builders._pairs import (
@@ -43,6 +44,9 @@ from mlalign.records import Example, Preference, Skip
 NO_CLAIMS = "fewer than two different answers with claims"
 NO_GAP = "no two answers differ enough in score"
 TOO_LONG = "dropped for length balance"
+
+_JUDGED = "judge_"
+"""Opens the keys of ``seen`` that hold the numbers of an Agreement."""
 
 
 class Settings(BaseModel):
@@ -93,17 +97,15 @@ class RlaifV:
         self.context = context
         self.chunk = settings.chunk
         self.words = context.words()
+        self.scribe = context.scribe()
         self.vlm = context.need_vlm(self.name)
         self.judge = context.judge if context.judge is not None else own_judge(context, self.name)
         self.truth = facts_judge(context)
-        self._cap = EqualCounts(settings.equal_counts)
-        self._pairs: list[Preference] = []
-        self._agreement = Agreement()
-        self._seen: Counter[str] = Counter()
+        self.seen: Counter[str] = Counter()
         self._ratio: float | None = None
 
     def build_many(self, chunk: Sequence[Example]) -> Iterator[Preference | Skip]:
-        """Sample, split, judge and pair. Pairs wait for ``finish``: balance needs all lengths."""
+        """Sample, split, judge and pair."""
         if not chunk:
             return
         decoding = Decoding(
@@ -122,51 +124,86 @@ class RlaifV:
             desc="rlaif_v: sampling",
         )
         texts = [[self.words.tidy(text) for text in samples] for samples in drawn]
-        stated = [{text: self.words.statements(text) for text in samples} for samples in texts]
+        stated, failed = self._split(chunk, texts)
         asked = [[s.question for found in each.values() for s in found] for each in stated]
         answers = ask_all(self.judge, chunk, asked)
         truths = ask_all(self.truth, chunk, asked)
+        agreement = Agreement()
         for number, example in enumerate(chunk):
             for question, answer in answers[number].items():
-                self._agreement.add(answer, truths[number][question])
+                agreement.add(answer, truths[number][question])
             scored = self._score(texts[number], stated[number], answers[number])
+            if len(scored) < 2 and failed[number]:
+                yield Skip(id=example.id, reason=failed[number][0].reason)
+                continue
             yield from self._pair_up(example, scored, answers[number])
+        self.seen.update({_JUDGED + key: count for key, count in vars(agreement).items()})
 
-    def finish(self) -> Iterator[Preference | Skip]:
-        """The pairs that length balance and the cap on unequal counts leave."""
-        lengths = [(len(p.chosen.split()), len(p.rejected.split())) for p in self._pairs]
-        self._ratio = best_ratio(lengths) if self.settings.balance_lengths else None
-        for pair, (chosen, rejected) in zip(self._pairs, lengths, strict=True):
-            if self._ratio is not None and not keeps(chosen, rejected, self._ratio):
-                yield Skip(id=pair.id, reason=TOO_LONG, detail=f"{chosen} against {rejected} words")
+    def finish(self, candidates: Iterable[Preference]) -> Iterator[Preference | Skip]:
+        """All pairs but those that length balance and the cap on unequal counts leave out."""
+        self._ratio = None
+        if self.settings.balance_lengths:
+            self._ratio = best_ratio(map(_lengths, candidates))
+        balanced = (pair for pair in candidates if self._balanced(pair))
+        cap = EqualCounts(self.settings.equal_counts, balanced)
+        for pair in candidates:
+            if self._balanced(pair):
+                yield cap.admit(pair)
             else:
-                yield from self._cap.admit(pair)
-        self._pairs.clear()
-        yield from self._cap.finish()
+                chosen, rejected = _lengths(pair)
+                yield Skip(id=pair.id, reason=TOO_LONG, detail=f"{chosen} against {rejected} words")
 
-    def report(self) -> dict[str, Any]:
+    def report(self, seen: Counter[str]) -> dict[str, Any]:
         """How often the judge is right, by planted facts; answers left out; the ratio found."""
+        judged = {f.name: seen[_JUDGED + f.name] for f in fields(Agreement)}
         return {
             "judge": type(self.judge).__name__,
-            "judge_against_facts": self._agreement.report(),
+            "judge_against_facts": Agreement(**judged).report(),
             "length_ratio": self._ratio,
-            "seen": dict(self._seen),
+            "seen": {key: n for key, n in seen.items() if not key.startswith(_JUDGED)},
         }
+
+    def _balanced(self, pair: Preference) -> bool:
+        return self._ratio is None or keeps(*_lengths(pair), self._ratio)
+
+    def _split(
+        self, chunk: Sequence[Example], texts: Sequence[Sequence[str]]
+    ) -> tuple[list[dict[str, list[Statement]]], list[list[Failed]]]:
+        """Statements by distinct answer, and what could not be split, for each example."""
+        jobs = [
+            Split(example=example, text=text)
+            for example, samples in zip(chunk, texts, strict=True)
+            for text in dict.fromkeys(samples)
+        ]
+        done = iter(self.scribe.do(jobs))
+        stated: list[dict[str, list[Statement]]] = []
+        failed: list[list[Failed]] = []
+        for samples in texts:
+            stated.append({})
+            failed.append([])
+            for text in dict.fromkeys(samples):
+                found = next(done)
+                if isinstance(found, Failed):
+                    failed[-1].append(found)
+                    self.seen[f"answers_left_out: {found.reason}"] += samples.count(text)
+                else:
+                    stated[-1][text] = found
+        return stated, failed
 
     def _score(
         self, texts: list[str], stated: dict[str, list[Statement]], answers: dict[str, Answer]
     ) -> list[_Scored]:
         """The distinct answers that make at least one claim that the judge decides."""
-        self._seen["answers"] += len(texts)
+        self.seen["answers"] += len(texts)
         scored = []
         for text, statements in stated.items():
             decided = [s for s in statements if answers[s.question].decided]
-            self._seen["claims"] += len(decided)
+            self.seen["claims"] += len(decided)
             if not decided:
-                self._seen["answers_without_claims"] += texts.count(text)
+                self.seen["answers_without_claims"] += texts.count(text)
                 continue
             rejected = sum(answers[s.question].verdict is False for s in decided)
-            self._seen["claims_rejected"] += rejected
+            self.seen["claims_rejected"] += rejected
             scored.append(
                 _Scored(text, texts.index(text), decided, -rejected, self.words.mentions(text))
             )
@@ -174,7 +211,7 @@ class RlaifV:
 
     def _pair_up(
         self, example: Example, scored: list[_Scored], answers: dict[str, Answer]
-    ) -> Iterator[Skip]:
+    ) -> Iterator[Preference | Skip]:
         if len(scored) < 2:
             yield Skip(id=example.id, reason=NO_CLAIMS)
             return
@@ -202,7 +239,7 @@ class RlaifV:
             )
             winner, loser = options.pop(0)
             used.update((winner.sample, loser.sample))
-            self._pairs.append(self._pair(example, made, winner, loser, answers))
+            yield self._pair(example, made, winner, loser, answers)
             made += 1
 
     def _pair(
@@ -236,12 +273,17 @@ class RlaifV:
                 "source": example.source,
                 "example": example.id,
                 "builder": self.name,
-                "how": self.words.how,
+                **self.scribe.origin(),
                 "seed": self.context.seed,
                 "samples": [winner.sample, loser.sample],
                 "judge": type(self.judge).__name__,
             },
         )
+
+
+def _lengths(pair: Preference) -> tuple[int, int]:
+    """Words of the chosen and of the rejected answer."""
+    return len(pair.chosen.split()), len(pair.rejected.split())
 
 
 METHOD = RlaifV

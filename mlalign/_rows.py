@@ -79,6 +79,13 @@ def example_row(example: Example) -> dict[str, Any]:
     }
 
 
+def image_bytes(row: dict[str, Any]) -> int:
+    """Bytes of the encoded images of a row."""
+    cells = [*row.get("images", ()), *row.get("rejected_images", ())]
+    cells += [row["image"]] if "image" in row else []
+    return sum(len(cell["bytes"]) for cell in cells)
+
+
 def record_files(path: Path) -> list[Path]:
     """The record files of a path, sorted. Raises StoreError where there is none."""
     if path.is_file():
@@ -104,6 +111,9 @@ def raw_rows(path: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def preference_of(where: str, row: dict[str, Any]) -> Preference | Skip:
     """The pair of a row, or a Skip that says what is wrong with it."""
+    if not isinstance(row, dict):
+        detail = f"{where}: is {type(row).__name__}, not a mapping. A row has TRL's columns"
+        return Skip(id=where, reason="row is not a mapping", detail=detail)
     record_id = str(row.get("id") or where)
     try:
         return _preference(record_id, where, row)
@@ -193,10 +203,12 @@ def _rows_of(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             table = pq.ParquetFile(file)
             number = 0
-            for batch in table.iter_batches(batch_size=64):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}:{number}", row
+            for group in range(table.num_row_groups):
+                # Over a whole file the reader keeps every row group that it has read.
+                for batch in table.iter_batches(batch_size=64, row_groups=[group]):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield f"{file}:{number}", row
         except pa.ArrowInvalid as error:
             raise StoreError(f"{file}: damaged or not Parquet ({error}). Build it again") from error
         return

@@ -193,6 +193,50 @@ class Preference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Span:
+    """A part of a rated answer."""
+
+    start: int
+    end: int
+    """Characters [start, end) of the answer."""
+    label: str
+    """What the part is: "sentence"..."""
+    weight: float
+    """Its score."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rated:
+    """One answer that people or a judge rated: what a reward model learns from."""
+
+    id: str
+    image: ImageRef
+    image_sha256: str
+    prompt: str
+    text: str
+    segments: tuple[Span, ...] = ()
+    """The rated parts, in text order; empty where only the whole was rated."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Scores of the whole by name."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Where it comes from, with what else the source says of it."""
+
+    def __post_init__(self) -> None:
+        _check_text(self.id, "prompt", self.prompt)
+        _check_text(self.id, "text", self.text)
+        at = 0
+        for span in self.segments:
+            if not at <= span.start < span.end <= len(self.text):
+                raise RecordError(
+                    self.id,
+                    "segments",
+                    "spans overlap or lie outside the text",
+                    "Spans are characters [start, end) of the text, in its order",
+                )
+            at = span.end
+
+
+@dataclass(frozen=True, kw_only=True)
 class Skip:
     """A record that a source or a builder did not use, and why. Counted, never silent."""
 

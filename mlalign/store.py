@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,9 @@ from mlalign.records import Example, ImageRef, Preference, Skip, example_from_js
 StoreError = _rows.StoreError
 
 CHUNK = 256
-"""Rows written at once: what a build holds in memory."""
+CHUNK_BYTES = 32 << 20
+"""Rows, and bytes of their images, from which on what was gathered is written: what is held in
+memory at once."""
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -137,11 +138,26 @@ def _write(
     with folder_atomic(folder) as aside:
         file = aside / f"{name}.parquet"
         with pq.ParquetWriter(file, schema) as writer:
-            stream = iter(records)
-            while rows := [to_row(record) for record in islice(stream, CHUNK)]:
+            for rows in _batches(map(to_row, records)):
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 count += len(rows)
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
         manifest[name] = count
         manifest["sha256"] = fingerprint(file)
         write_json_atomic(aside / "manifest.json", manifest)
     return manifest
+
+
+def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Rows in lists that end with CHUNK rows or CHUNK_BYTES of images."""
+    batch: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += _rows.image_bytes(row)
+        if len(batch) >= CHUNK or size >= CHUNK_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

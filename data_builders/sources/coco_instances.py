@@ -76,10 +76,12 @@ class CocoInstances:
             for row in _read(path, ("annotations",), "data.source.captions")["annotations"]:
                 self._captions[row["image_id"]].append(row["caption"])
 
-    def examples(self, split: str, limit: int | None, seed: int) -> Iterator[Example | Skip]:
+    def examples(
+        self, split: str, limit: int | None, seed: int, start: int = 0
+    ) -> Iterator[Example | Skip]:
         """The images of a split in the seed's order, each opened once when its turn comes."""
         check_split(split, "coco_instances")
-        for name in shuffled(self.names(split), seed)[:limit]:
+        for name in shuffled(self.names(split), seed)[start:limit]:
             yield self._example(name)
 
     def names(self, split: str) -> list[str]:

@@ -38,11 +38,13 @@ class Microworld:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
-    def examples(self, split: str, limit: int | None, seed: int) -> Iterator[Example | Skip]:
+    def examples(
+        self, split: str, limit: int | None, seed: int, start: int = 0
+    ) -> Iterator[Example | Skip]:
         """Scenes in order; another seed draws other scenes."""
         check_split(split, "microworld")
         count = getattr(self.settings, split)
-        for index in range(count if limit is None else min(limit, count)):
+        for index in range(start, count if limit is None else min(limit, count)):
             yield world.example(_WORLD_SPLIT[split], index, seed)
 
     def fingerprint(self) -> dict[str, Any]:

@@ -81,11 +81,13 @@ class PhotoFolder:
             )
         self._rows: dict[str, Any] | None = None
 
-    def examples(self, split: str, limit: int | None, seed: int) -> Iterator[Example | Skip]:
+    def examples(
+        self, split: str, limit: int | None, seed: int, start: int = 0
+    ) -> Iterator[Example | Skip]:
         """The photographs of a split in the seed's order, each opened once when its turn comes."""
         check_split(split, "photo_folder")
         names = shuffled(self.names(split), seed)
-        for name in names[:limit]:
+        for name in names[start:limit]:
             yield self._example(name)
 
     def names(self, split: str) -> list[str]:

@@ -77,6 +77,38 @@ def test_a_faulty_record_is_named_with_file_row_and_mend(fault: str, tmp_path: P
     assert [p.id for p in pairs] == ["r1", "r3"] and sum(skips.values()) == 1
 
 
+def test_a_second_record_of_an_id_is_named_with_both_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(make_pairs(1)[0].image.read())
+    row = {"images": ["a.png"], "prompt": "What?", "chosen": "A mug.", "rejected": "A pot."}
+    rows = [{**row, "id": name, "prompt": f"What {i}?"} for i, name in enumerate("abcb")]
+    file = _jsonl(tmp_path, rows)
+    with pytest.raises(DataError, match=r"record 'b': rows 1 and 3 have this id\. Give each"):
+        load_pairs(file)
+    pairs, skips = load_pairs(file, bad_records="skip")
+    assert [(p.id, p.prompt) for p in pairs] == [
+        ("a", "What 0?"),
+        ("b", "What 1?"),
+        ("c", "What 2?"),
+    ]
+    assert skips == {"id of another record": 1}
+
+
+def test_a_second_image_is_read_only_for_an_objective_that_compares_it(tmp_path: Path) -> None:
+    png = make_pairs(1)[0].image.read()
+    (tmp_path / "a.png").write_bytes(png)
+    (tmp_path / "cut.png").write_bytes(png[: len(png) // 2])
+    row = {"images": ["a.png"], "prompt": "What?", "chosen": "A mug.", "rejected": "A pot."}
+    two = {**row, "id": "two", "rejected_images": ["a.png"]}
+    file = _jsonl(tmp_path, [{**row, "id": "one"}, two])
+    with pytest.raises(DataError, match=r"1 faulty.*\n.*'two': has rejected_image"):
+        load_pairs(file)
+    with pytest.raises(DataError, match=r"1 faulty.*\n.*'one': has no rejected_image"):
+        load_pairs(file, second_image=True)
+    damaged = _jsonl(tmp_path, [two, {**two, "id": "cut", "rejected_images": ["cut.png"]}])
+    with pytest.raises(DataError, match=r"1 faulty.*\n.*'cut'.*truncated or damaged"):
+        load_pairs(damaged, second_image=True)
+
+
 def test_nothing_left_and_nothing_readable(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no pair to train on"):
         load_pairs(_jsonl(tmp_path, []))
@@ -194,3 +226,14 @@ def _jsonl(folder: Path, rows: list[dict]) -> Path:
     file = folder / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
+
+
+def test_a_row_that_is_no_mapping_is_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(make_pairs(1)[0].image.read())
+    good = {"images": ["a.png"], "prompt": "What?", "chosen": "A mug.", "rejected": "A pot."}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in (good, [1, 2])), encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows.jsonl:2: is list, not a mapping"):
+        load_pairs(file)
+    pairs, skips = load_pairs(file, bad_records="skip")
+    assert len(pairs) == 1 and skips == {"row is not a mapping": 1}

@@ -1,6 +1,7 @@
 """The engine: skips counted by reason, no pair is an error, nothing half-written."""
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -21,16 +22,18 @@ class Simple:
 
     def __init__(self, act=None):
         self.act = act or (lambda example: pair(example.id))
+        self.seen = Counter()
 
     def build_many(self, chunk):
         for example in chunk:
+            self.seen["examples"] += 1
             yield self.act(example)
 
-    def finish(self):
-        return iter(())
+    def finish(self, candidates):
+        yield from candidates
 
-    def report(self):
-        return {"extra": 1}
+    def report(self, seen):
+        return {"extra": dict(seen)}
 
 
 def pair(record_id: str, chosen: str = "Yes.", rejected: str = "No.") -> Preference:
@@ -70,7 +73,8 @@ def test_skips_are_counted_by_reason_with_first_ids(tmp_path):
         "image cannot be read": {"count": 1, "expected": False, "first_ids": ["gone"]},
     }
     assert manifest["records"] == 10 and manifest["pairs"] == 4
-    assert manifest["faulty_share"] == 0.2 and manifest["seed"] == 7 and manifest["extra"] == 1
+    assert manifest["faulty_share"] == 0.2 and manifest["seed"] == 7
+    assert manifest["extra"] == {"examples": 9}
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["pairs"] == 4
 
 
@@ -80,7 +84,7 @@ def test_too_many_faults_stop_the_build(tmp_path):
         engine.build(Simple(), records, out_folder=tmp_path / "out", max_skipped=0.3)
     assert "4 of 10" in str(error.value) and "data.max_skipped" in str(error.value)
     assert "4 x image is truncated (e.g. bad0, bad1, bad2)" in str(error.value)
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["out.partial"], "a raised limit goes on with it"
 
 
 def test_no_pair_at_all_says_why(tmp_path):
@@ -107,6 +111,8 @@ def test_an_interrupt_leaves_the_old_file_whole(tmp_path, stop):
     with pytest.raises((KeyboardInterrupt, OSError)):
         engine.build(Simple(act), scenes(9), out_folder=out, max_skipped=0.0)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.partial"]
+    assert engine.build(Simple(), scenes(9), out_folder=out, max_skipped=0.0)["pairs"] == 9
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

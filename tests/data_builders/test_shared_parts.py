@@ -6,7 +6,7 @@ import pytest
 
 from data_builders._balance import best_ratio, keeps
 from data_builders._pairs import CHOSEN_MENTIONS, REJECTED_MENTIONS, EqualCounts, differing_spans
-from mlalign.records import ImageRef, Preference
+from mlalign.records import ImageRef, Preference, Skip
 
 
 def pair(number: int, chosen: int, rejected: int) -> Preference:
@@ -28,14 +28,24 @@ def test_differing_spans():
 
 def test_equal_counts_hold_the_share_and_count_the_rest():
     rng = random.Random(0)
-    cap, out = EqualCounts(0.8), []
-    for number in range(300):
-        out += list(cap.admit(pair(number, 3, 3 if rng.random() < 0.6 else 4)))
-    skipped = list(cap.finish())
+    pairs = [pair(number, 3, 3 if rng.random() < 0.6 else 4) for number in range(300)]
+    told = list(map(EqualCounts(0.8, pairs).admit, pairs))
+    assert [t.id for t in told] == [p.id for p in pairs]
+    out = [t for t in told if isinstance(t, Preference)]
     equal = sum(p.scores[CHOSEN_MENTIONS] == p.scores[REJECTED_MENTIONS] for p in out)
     assert equal / len(out) >= 0.8 > equal / (len(out) + 1), "as many as the share allows"
-    assert len(out) + len(skipped) == 300
-    assert {s.reason for s in skipped} == {"mention counts differ"}
+    skipped = [t for t in told if isinstance(t, Skip)]
+    assert {(s.reason, s.detail) for s in skipped} == {("mention counts differ", "3 against 4")}
+    assert min(int(s.id) for s in skipped) > max(
+        int(p.id) for p in out if p.scores[REJECTED_MENTIONS] == 4
+    ), "the first ones have the room"
+
+
+@pytest.mark.parametrize(("share", "passing"), [(0.0, 4), (0.5, 4), (1.0, 2)])
+def test_equal_counts_at_the_ends(share, passing):
+    pairs = [pair(0, 1, 2), pair(1, 2, 2), pair(2, 3, 2), pair(3, 4, 4)]
+    told = list(map(EqualCounts(share, pairs).admit, pairs))
+    assert sum(isinstance(t, Preference) for t in told) == passing
 
 
 @pytest.mark.parametrize("seed", range(5))
