@@ -1,4 +1,5 @@
-"""Every recipe in the repository is read, and none is overlooked."""
+"""Every recipe in the repository is read, and none is overlooked; the published systems' presets
+hold the published values."""
 
 from __future__ import annotations
 
@@ -13,6 +14,43 @@ from mlalign import methods, recipe
 from tests._syntax import REPOSITORY
 
 FOLDER = REPOSITORY / "recipes"
+SYSTEMS = ("ha_dpo", "povid", "rlaif_v", "rlhf_v", "silkie", "mdpo")
+PRESETS = {
+    "ha_dpo": {"llava15_7b.paper", "llava15_7b.script"},
+    "povid": {
+        "llava15_7b.paper.stage1",
+        "llava15_7b.paper",
+        "llava15_7b.script.stage1",
+        "llava15_7b.script",
+    },
+    "rlaif_v": {"llava15_7b.paper", "llava15_7b.script", "llava15_7b.script_lora"},
+    "rlhf_v": {"llava15_7b.paper", "llava15_7b.script"},
+    "silkie": {"llava15_7b.paper", "llava15_7b.script", "qwen2_vl.script"},
+    "mdpo": {"llava15_7b.paper", "llava15_7b.script"},
+}
+# What the papers and scripts say: objective, beta, learning rate, pairs a step, epochs or steps,
+# warm-up, weight decay, adapter (rank, alpha, dropout in effect).
+PUBLISHED = {
+    "ha_dpo/llava15_7b.paper": ("dpo", 0.1, 2e-6, 128, "1 epoch", 0.0, 0.0, (128, 256, 0.0)),
+    "ha_dpo/llava15_7b.script": ("dpo", 0.1, 2e-6, 128, "1 epoch", 0.03, 0.0, (128, 256, 0.0)),
+    "povid/llava15_7b.paper.stage1": ("dpo", 0.1, 1e-7, 1, "3 epoch", 0.03, 0.0, (128, 256, 0.0)),
+    "povid/llava15_7b.paper": ("povid", 0.1, 1e-7, 1, "1 epoch", 0.03, 0.0, (128, 256, 0.0)),
+    "povid/llava15_7b.script.stage1": ("dpo", 0.1, 1e-7, 1, "3 epoch", 0.03, 0.0, (128, 256, 0.0)),
+    "povid/llava15_7b.script": ("povid", 0.1, 1e-7, 1, "1 epoch", 0.03, 0.0, (128, 256, 0.0)),
+    "rlaif_v/llava15_7b.paper": ("dpo", 0.1, 5e-7, 8, "4 epoch", 0.05, 0.01, None),
+    "rlaif_v/llava15_7b.script": ("dpo", 0.1, 5e-7, 8, "2672 step", 0.05, 0.01, None),
+    "rlaif_v/llava15_7b.script_lora": (
+        *("dpo", 0.1, 1e-5, 8, "2672 step", 0.05, 0.01),
+        (64, 16, 0.05),
+    ),
+    "rlhf_v/llava15_7b.paper": ("ddpo", 0.5, 5e-7, 32, "7 epoch", 0.1, 0.0, None),
+    "rlhf_v/llava15_7b.script": ("ddpo", 0.1, 5e-7, 8, "2160 step", 0.03, 0.0, None),
+    "silkie/llava15_7b.paper": ("dpo", 0.1, 1e-5, 256, "3 epoch", 0.1, 0.05, (64, 16, 0.0)),
+    "silkie/llava15_7b.script": ("dpo", 0.1, 1e-5, 256, "3 epoch", 0.1, 0.05, (64, 16, 0.0)),
+    "silkie/qwen2_vl.script": ("dpo", 0.1, 1e-5, 256, "3 epoch", 0.1, 0.05, (64, 16, 0.0)),
+    "mdpo/llava15_7b.paper": ("mdpo", 0.1, 1e-5, 32, "3 epoch", 0.1, 0.05, (64, 128, 0.0)),
+    "mdpo/llava15_7b.script": ("mdpo", 0.1, 1e-5, 32, "3 epoch", 0.1, 0.05, (64, 128, 0.0)),
+}
 ON_DISK = sorted(p for p in FOLDER.rglob("*") if p.suffix in (".yaml", ".yml"))
 
 
@@ -36,10 +74,13 @@ def method_refs(parsed: recipe.Recipe) -> list[tuple[str, recipe.MethodRef]]:
     refs += [("data_builders", ref) for ref in parsed.data.builders]
     refs += [("mlalign.probes", ref) for ref in parsed.probes.methods]
     refs += [("mlalign.benchmarks", ref) for ref in parsed.eval.benchmarks]
-    sources = (parsed.data.source, parsed.eval.source)
+    sources = (parsed.data.source, parsed.eval.source, parsed.probes.source)
     refs += [("data_builders.sources", ref) for ref in sources if ref is not None]
-    if parsed.data.judge is not None:
-        refs.append(("mlalign.judges", parsed.data.judge))
+    released = parsed.data.pairs.values()
+    refs += [("data_builders.sources", ref) for ref in released if not isinstance(ref, str)]
+    asked = (parsed.data.judge, parsed.data.writer)
+    refs += [("mlalign.judges", ref) for ref in asked if ref is not None]
+    refs += [("mlalign.objectives", parsed.train_of(arm).objective) for arm in parsed.arms()]
     return refs
 
 
@@ -56,7 +97,9 @@ def test_recipe_names_what_is_there(path: Path) -> None:
     for room, ref in method_refs(parsed):
         method = methods.find(room, ref.name)
         # The method's own settings refuse an unknown key or a value out of range.
-        method.Settings(**ref.settings())
+        settings = method.Settings(**ref.settings())
+        if room == "mlalign.objectives":
+            method(settings)
 
 
 @pytest.mark.parametrize("path", ON_DISK, ids=lambda p: str(p.relative_to(FOLDER)))
@@ -77,3 +120,89 @@ def test_recipe_names_differ() -> None:
     parsed = [parse(path) for path in ON_DISK]
     names = [p.name for p in parsed if isinstance(p, recipe.Recipe)]
     assert len(names) == len(set(names)), sorted(names)
+
+
+def test_every_system_has_its_presets_its_worlds_and_nothing_else() -> None:
+    for system in SYSTEMS:
+        found = {p.name.removesuffix(".yaml") for p in (FOLDER / system).glob("*.yaml")}
+        assert found == PRESETS[system] | {"microworld", "photos"}, system
+    assert {f"{s}/{name}" for s, names in PRESETS.items() for name in names} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_a_preset_holds_the_published_values(preset: str) -> None:
+    parsed = recipe.load(FOLDER / f"{preset}.yaml")
+    train, adapter = parsed.train, parsed.model.adapter
+    length = f"{train.epochs:g} epoch" if train.epochs else f"{train.steps} step"
+    settings = train.objective.settings()
+    held = (train.objective.name, settings["beta"], train.learning_rate, train.batch_size, length)
+    held += (train.warmup, train.weight_decay)
+    held += (None if adapter == "none" else (adapter.rank, adapter.alpha, adapter.dropout),)
+    assert held == PUBLISHED[preset]
+    assert train.schedule == "cosine" and parsed.seed == 42
+    # The batch divides over the processes that it names.
+    assert train.batch_size % (train.micro_batch_size * parsed.launch.processes) == 0
+    # These two systems kept their reference log-probs on disk.
+    assert (train.reference == "cached") == preset.startswith(("rlaif_v", "rlhf_v"))
+
+
+def test_what_was_run_stands_in_the_script_presets() -> None:
+    def of(name: str) -> recipe.Recipe:
+        return recipe.load(FOLDER / f"{name}.yaml")
+
+    ha_dpo = [of(f"ha_dpo/llava15_7b.{which}") for which in ("paper", "script")]
+    saved = [r.model.adapter.modules_to_save for r in ha_dpo if r.model.adapter != "none"]
+    assert saved == [(), ("multi_modal_projector",)]
+    povid = [of(f"povid/llava15_7b.{w}").train.objective.settings() for w in ("paper", "script")]
+    assert [(s["form"], s["wrap"], s["reference_tokens"]) for s in povid] == [
+        ("one", False, "policy"),
+        ("two", True, "own"),
+    ]
+    assert [of(f"rlaif_v/llava15_7b.{w}").model.image for w in ("paper", "script")] == [
+        "pad",
+        "crop",
+    ]
+    rlhf_v = [of(f"rlhf_v/llava15_7b.{w}").train.objective.settings() for w in ("paper", "script")]
+    assert [(s["gamma"], s["average"]) for s in rlhf_v] == [(5.0, True), (1.1, False)]
+    # No checkpoint is chosen on a benchmark that is reported.
+    assert [of(f"rlaif_v/llava15_7b.{w}").train.choose for w in ("paper", "script")] == [
+        "best",
+        "last",
+    ]
+    epsilons = [of(f"silkie/llava15_7b.{w}").train.adam_epsilon for w in ("paper", "script")]
+    assert epsilons == [1e-6, 1e-8]
+
+
+@pytest.mark.parametrize("preset", ["paper", "script"])
+def test_the_second_stage_starts_from_the_first(preset: str) -> None:
+    first = recipe.load(FOLDER / "povid" / f"llava15_7b.{preset}.stage1.yaml")
+    second = recipe.load(FOLDER / "povid" / f"llava15_7b.{preset}.yaml")
+    (arm,) = first.arms()
+    assert second.model.start_adapter == f"runs/{first.name}/{arm}/adapter"
+    assert first.model == second.model.model_copy(update={"start_adapter": None})
+    assert first.data == second.data
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(
+    ("world", "yardstick"), [("microworld", "microworld/align"), ("photos", "photos/run")]
+)
+def test_worlds_differ_in_method_alone(system: str, world: str, yardstick: str) -> None:
+    """A table over systems compares methods: model, budget and evaluation are the same."""
+    ours = recipe.load(FOLDER / system / f"{world}.yaml")
+    model = recipe.load(FOLDER / f"{yardstick}.yaml")
+    assert len(ours.arms()) == 1
+    assert ours.name == f"{system}-{world}"
+    assert ours.model == model.model
+    assert ours.data.source == model.data.source
+    assert ours.eval == model.eval and ours.launch == model.launch
+    assert ours.probes.records == model.probes.records
+    free = {"objective", "learning_rate"}
+    if system == "rlaif_v" and world == "photos":
+        # As in the yardstick's own arm of that builder.
+        free.add("steps")
+        assert ours.train.steps == model.train_of("rlaif_v").steps
+    keys = set(type(ours.train).model_fields) - free
+    assert {k: getattr(ours.train, k) for k in keys} == {k: getattr(model.train, k) for k in keys}
+    if world == "microworld":
+        assert ours.data.examples == model.data.examples
