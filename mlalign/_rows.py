@@ -98,8 +98,9 @@ def record_files(path: Path) -> list[Path]:
     return files
 
 
-def raw_rows(path: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) for every row; ``where`` names file and row, counted from 1."""
+def raw_rows(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
+    """(where, row) for every row; ``where`` names file and row, counted from 1. A line of JSON
+    lines that is none comes out as a text that says so."""
     for file in record_files(path):
         try:
             yield from _rows_of(file)
@@ -112,13 +113,18 @@ def raw_rows(path: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def preference_of(where: str, row: dict[str, Any]) -> Preference | Skip:
     """The pair of a row, or a Skip that says what is wrong with it."""
     if not isinstance(row, dict):
-        detail = f"{where}: is {type(row).__name__}, not a mapping. A row has TRL's columns"
+        what = row if isinstance(row, str) else f"{type(row).__name__}, not a mapping"
+        detail = f"{where}: is {what[:200]}. A row is a mapping with TRL's columns"
         return Skip(id=where, reason="row is not a mapping", detail=detail)
     record_id = str(row.get("id") or where)
     try:
         return _preference(record_id, where, row)
     except RecordError as error:
         return Skip(id=record_id, reason=error.reason, detail=f"{where}: {error}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        mend = f"Leave the column out, or give what `mlalign build` writes there ({error})"
+        fault = RecordError(record_id, OURS, "damaged", mend)
+        return Skip(id=record_id, reason=fault.reason, detail=f"{where}: {fault}")
 
 
 def _preference(record_id: str, where: str, row: dict[str, Any]) -> Preference:
@@ -195,7 +201,7 @@ def _cell(image: ImageRef) -> dict[str, Any]:
     return {"bytes": image.read(), "path": Path(image.path).name if image.path else None}
 
 
-def _rows_of(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows_of(file: Path) -> Iterator[tuple[str, Any]]:
     if file.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -219,4 +225,9 @@ def _rows_of(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             return
         for number, line in enumerate(handle, start=1):
             if line.strip():
-                yield f"{file}:{number}", json.loads(line)
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    # The other lines can be read: what this one is counted as is the reader's.
+                    row = f"line that is not JSON ({error})"
+                yield f"{file}:{number}", row

@@ -13,6 +13,9 @@ import typer
 
 from mlalign.cli_bench import bench
 from mlalign.cli_estimate import estimate
+from mlalign.cli_export import export
+from mlalign.cli_iterate import iterate
+from mlalign.cli_validate import validate
 
 app = typer.Typer(
     help="Preference alignment for interpretable multimodal LLMs.",
@@ -22,6 +25,9 @@ app = typer.Typer(
 )
 app.command()(bench)
 app.command()(estimate)
+app.command()(export)
+app.command()(iterate)
+app.command()(validate)
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe file (YAML).")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, e.g. train.learning_rate=1e-5")
@@ -136,15 +142,10 @@ def merge(
     out: Annotated[Path, typer.Argument(help="New folder for the merged model.")],
 ) -> None:
     """Merge an arm's adapter into its base and save a stock transformers model."""
-    from mlalign.models.loading import load_vlm
+    from mlalign import cli_stages as stages
     from mlalign.recipe import load
-    from mlalign.store import folder_atomic
 
-    recipe = load(folder / "recipe.yaml")
-    vlm = load_vlm(recipe.model, adapter=folder / arm / "adapter")
-    with folder_atomic(out) as aside:
-        vlm.model.merge_and_unload().save_pretrained(aside)
-        vlm.processor.save_pretrained(aside)
+    stages.merge(load(folder / "recipe.yaml"), folder / arm / "adapter", out)
     typer.echo(str(out))
 
 

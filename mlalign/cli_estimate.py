@@ -37,13 +37,13 @@ def estimate(
 def facts(recipe: Any, prompt: int, completion: int, *, reference_live: bool) -> dict[str, Any]:
     """Everything that the verb prints: bytes, FLOPs, counts, and what was assumed."""
     from mlalign.estimate import auto, flops, memory
-    from mlalign.estimate.geometry import config_of, read
+    from mlalign.estimate.geometry import geometry_of
     from mlalign.estimate.plan import plan_of, rows_of
     from mlalign.models.loading import register_towers
 
     # A tower of this package is known to transformers only once it is registered.
     register_towers()
-    geometry = read(config_of(recipe.model))
+    geometry = geometry_of(recipe.model)
     rows = rows_of(recipe, geometry, prompt=prompt, completion=completion)
     free = auto.free_bytes(recipe.launch.processes)
     bare = plan_of(recipe, geometry, rows=rows, reference_live=reference_live)
@@ -101,7 +101,7 @@ def _assumed(recipe: Any, plan: Any, geometry: Any, prompt: int, completion: int
         f"{plan.dtype_bytes}-byte weights and activations (model.dtype: {recipe.model.dtype})",
         "reference computed in every step" if plan.reference_live else "reference cached",
         "the tower runs once for each image; attention's backward is 2.5 times its forward",
-        "split attention; a head in tiles; AdamW",
+        f"{plan.attention} attention; a head in tiles; AdamW",
         "not counted: the framework's own memory, fragmentation, pixels, optimiser arithmetic",
     ]
     if plan.processes > 1:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from mlalign import methods, runfolder, store
-from mlalign.recipe import MethodRef, Recipe, configure
+from mlalign import cli_released, methods, runfolder, store
+from mlalign.recipe import MethodRef, Recipe, RecipeError, configure
 from mlalign.records import Example, Skip
 
 console = Console(soft_wrap=True)
@@ -37,26 +39,15 @@ def timed(run: Path, stage: str) -> Iterator[None]:
 def check(recipe: Recipe) -> None:
     """Find every method that the recipe names and validate its settings, before anything loads.
 
-    Raises UnknownMethod or RecipeError, naming the key and the nearest known name.
+    Raises RecipeError with every fault, naming the key and the nearest known name, and ModelError
+    for a model folder that is not there.
     """
-    refs = [("mlalign.objectives", "train.objective", recipe.train.objective)]
-    refs += [("data_builders", "data.builders", ref) for ref in recipe.data.builders]
-    refs += [("mlalign.probes", "probes.methods", ref) for ref in recipe.probes.methods]
-    refs += [("mlalign.benchmarks", "eval.benchmarks", ref) for ref in recipe.eval.benchmarks]
-    sources = {
-        "data.source": recipe.data.source,
-        "eval.source": recipe.eval.source,
-        "probes.source": recipe.probes.source,
-    }
-    refs += [("data_builders.sources", key, ref) for key, ref in sources.items() if ref]
-    if recipe.data.judge is not None:
-        refs.append(("mlalign.judges", "data.judge", recipe.data.judge))
-    for room, key, ref in refs:
-        try:
-            method = methods.find(room, ref.name)
-        except methods.UnknownMethod as error:
-            raise methods.UnknownMethod(f"{key}: {error}") from error
-        configure(method, ref, key)
+    from mlalign.validate.methods import method_faults
+
+    faults = method_faults(recipe)
+    if faults:
+        raise RecipeError("\n".join(found.text for found in faults))
+    cli_released.check(recipe)
     _resolve_model(recipe)
 
 
@@ -64,10 +55,14 @@ def build(recipe: Recipe, run: Path) -> None:
     """Pairs of every builder, the held-out examples, and the probe set."""
     if recipe.data.source is not None and recipe.data.builders:
         _build_pairs(recipe, run)
+    cli_released.build(recipe, run, console)
     for arm in recipe.arms():
         path = recipe.pairs_of(arm, run)
         if not path.exists():
-            raise StageError(f"data.pairs.{arm}: {path} does not exist")
+            raise StageError(
+                f"data.pairs.{arm}: {path} does not exist. Give a file or folder of pairs, or the "
+                f"source of a released set: {{name: ..., path: ...}}"
+            )
         runfolder.add(run, data={arm: store.fingerprint(path)})
     if recipe.eval.benchmarks:
         _hold_out(recipe, run)
@@ -121,6 +116,16 @@ def report(run: Path) -> Path:
     return page.write(run)
 
 
+def merge(recipe: Recipe, adapter: Path, out: Path) -> None:
+    """Merge an adapter into its base and save a stock transformers model, whole or not at all."""
+    from mlalign.models.loading import load_vlm
+
+    vlm = load_vlm(recipe.model, adapter=adapter)
+    with store.folder_atomic(out) as aside:
+        vlm.model.merge_and_unload().save_pretrained(aside)
+        vlm.processor.save_pretrained(aside)
+
+
 def print_summary(run: Path) -> None:
     """The before/after table of a finished run."""
     from mlalign.report.table import WIDTH, summary_table
@@ -154,35 +159,53 @@ def _build_pairs(recipe: Recipe, run: Path) -> None:
     from data_builders._context import BuildContext
 
     data = recipe.data
-    todo = [
-        ref for ref in data.builders if not (run / "data" / ref.name / "manifest.json").is_file()
-    ]
+    todo = []
+    for ref in data.builders:
+        if (run / "data" / ref.name / "manifest.json").is_file():
+            engine.sweep(run / "data" / ref.name)
+        else:
+            todo.append(ref)
     if not todo:
         return
     assert data.source is not None
     source = source_of(data.source)
     context = _context(recipe, source, BuildContext)
+    about = _decided_by(recipe, source, context)
     for ref in todo:
         method = methods.find("data_builders", ref.name)
         limit = ref.examples or data.examples
         manifest = engine.build(
             method(configure(method, ref, "data.builders"), context),
-            source.examples("train", limit, recipe.seed),
+            partial(source.examples, "train", limit, recipe.seed),
             out_folder=run / "data" / ref.name,
             max_skipped=data.max_skipped,
             desc=ref.name,
-            about={
-                "source": source.fingerprint(),
-                "vocabulary": data.vocabulary,
-                "seed": recipe.seed,
-            },
+            about={**about, "examples": limit},
             total=limit,
         )
         skipped = {reason: entry["count"] for reason, entry in manifest["skipped"].items()}
         console.print(
             f"  {ref.name}: {manifest['pairs']} pairs from {manifest['records']} records in "
-            f"{manifest['seconds']:.0f} s; skipped: {skipped or 'none'}"
+            f"{manifest['seconds']:.0f} s ({manifest['records_per_second']:g} records/s); "
+            f"skipped: {skipped or 'none'}"
         )
+
+
+def _decided_by(recipe: Recipe, source: Any, context: Any) -> dict[str, Any]:
+    """What decides the pairs beside a builder's settings: a stopped build goes on with the same."""
+    from mlalign.models._fingerprint import reference_key
+
+    data = recipe.data
+    key = dataclasses.asdict(reference_key(recipe.model, context.vlm, "pairs"))
+    del key["data"]
+    return {
+        "source": source.fingerprint(),
+        "vocabulary": data.vocabulary,
+        "seed": recipe.seed,
+        "model": {**key, "device": context.vlm.device.type},
+        "judge": data.judge and data.judge.model_dump(mode="json"),
+        "writer": data.writer and data.writer.model_dump(mode="json"),
+    }
 
 
 def _context(recipe: Recipe, source: Any, context_class: Any) -> Any:
@@ -196,9 +219,31 @@ def _context(recipe: Recipe, source: Any, context_class: Any) -> Any:
         method = methods.find("mlalign.judges", recipe.data.judge.name)
         settings = configure(method, recipe.data.judge, "data.judge")
         judge = method(settings, vlm=vlm, vocabulary=words)
+    writer, ref = None, recipe.data.writer
+    if ref is not None:
+        method = methods.find("mlalign.judges", ref.name)
+        if not hasattr(method, "write_many"):
+            raise StageError(
+                f"data.writer: judge {ref.name!r} answers questions but writes no text"
+            )
+        settings = configure(method, ref, "data.writer")
+        # One and the same model is loaded, or one server spoken to, once.
+        same = judge is not None and ref == recipe.data.judge
+        writer = judge if same else method(settings, vlm=vlm, vocabulary=words)
     return context_class(
-        vocabulary=words, language=source.language, seed=recipe.seed, vlm=vlm, judge=judge
+        vocabulary=words,
+        language=source.language,
+        seed=recipe.seed,
+        vlm=vlm,
+        judge=judge,
+        writer=writer,
+        writer_name="" if ref is None else f"{ref.name} {_model_of(ref, recipe)}",
     )
+
+
+def _model_of(ref: MethodRef, recipe: Recipe) -> str:
+    """The model that a judge or writer asks: its own, or the run's."""
+    return str(ref.settings().get("model") or recipe.model.path)
 
 
 def _hold_out(recipe: Recipe, run: Path) -> None:
@@ -227,11 +272,14 @@ def _probe_set(recipe: Recipe, run: Path) -> None:
         raise StageError("probes.methods need probes.source (or data.source): images with facts")
     source = source_of(ref)
     examples, _ = _examples(source, "probe", 2 * recipe.probes.records, recipe.seed)
-    context = _context(recipe, source, BuildContext)
+    # By rule also where a model writes the pairs: the probe set is the same in every such run.
+    by_rule = recipe.data.model_copy(update={"writer": None})
+    context = _context(recipe.model_copy(update={"data": by_rule}), source, BuildContext)
     povid = methods.find("data_builders", "povid")
     builder = povid(povid.Settings(), context)
+    candidates = [made for made in builder.build_many(examples) if not isinstance(made, Skip)]
     pairs: dict[str, Any] = {}
-    for made in builder.build_many(examples):
+    for made in builder.finish(candidates):
         if not isinstance(made, Skip):
             pairs.setdefault(made.origin["example"], made)
     kept = [e for e in examples if e.id in pairs][: recipe.probes.records]

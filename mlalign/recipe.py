@@ -130,7 +130,12 @@ def _override(raw: dict[str, Any], item: str) -> None:
         if isinstance(node, dict):
             if node.get(index) is None:
                 node[index] = {}
-            elif isinstance(node[index], str) and part in ("objective", "source", "judge"):
+            elif isinstance(node[index], str) and part in (
+                "objective",
+                "source",
+                "judge",
+                "writer",
+            ):
                 node[index] = {"name": node[index]}
         node = node[index]
     value = yaml.safe_load(text)

@@ -52,7 +52,18 @@ MAY: dict[str, set[str]] = {
     "probes": {"models", "branching", "capture"},
     "benchmarks": {"objects", "generate", "branching", "models"},
     "data": {"branching", "models"},
+    "export": set(),
     "report": {"_rows", "objects", "recipe"},
+    "validate": {
+        "_rows",
+        "branching",
+        "models",
+        "data",
+        "objects",
+        "estimate",
+        "recipe",
+        "train",
+    },
     "microworld": {"objects"},
     "photos": {"objects", "models", "branching", "train"},
     "train": {
@@ -79,7 +90,19 @@ LAZY: dict[str, set[str]] = {
 }
 """Command-line modules that may import more, inside a function."""
 
-ANYTHING = frozenset({"cli", "cli_stages", "cli_estimate", "cli_bench", "__main__"})
+ANYTHING = frozenset(
+    {
+        "cli",
+        "cli_bench",
+        "cli_estimate",
+        "cli_export",
+        "cli_iterate",
+        "cli_released",
+        "cli_stages",
+        "cli_validate",
+        "__main__",
+    }
+)
 """The command line and its stages."""
 TRAINERS = frozenset({"trl", "accelerate", "deepspeed"})
 GATHERS = {
@@ -94,6 +117,7 @@ METHOD_ROOMS = (
     "data_builders",
     "data_builders.sources",
     "mlalign.benchmarks",
+    "mlalign.export",
     "mlalign.judges",
     "mlalign.models",
     "mlalign.objectives",

@@ -49,18 +49,19 @@ def load_pairs(
 def _duplicates(pairs: list[Preference]) -> list[Skip]:
     """Takes later records of an id that is there already out of ``pairs``: logs, caches and probes
     know a record by its id."""
-    first: dict[str, int] = {}
-    faults = []
-    for row, pair in enumerate(list(pairs)):
-        if pair.id in first:
+    seen: set[str] = set()
+    kept, faults = [], []
+    for pair in pairs:
+        if pair.id in seen:
             detail = (
-                f"record {pair.id!r}: rows {first[pair.id]} and {row} have this id. Give each pair "
-                "an id of its own"
+                f"record {pair.id!r}: a record before it has this id. Give each pair an id of its "
+                "own"
             )
             faults.append(Skip(id=pair.id, reason="id of another record", detail=detail))
-            pairs.remove(pair)
         else:
-            first[pair.id] = row
+            seen.add(pair.id)
+            kept.append(pair)
+    pairs[:] = kept
     return faults
 
 

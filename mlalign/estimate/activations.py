@@ -9,7 +9,8 @@ e bytes of the dtype. Of a frozen block with LoRA on all seven linears the backw
     MLP             4 T F e                          gate, act(gate), up, and their product
     adapters        7 T r e                          what B reads
 
-and a first block whose input has no gradient keeps no first norm. Keys and values are repeated to
+and a first block whose input has no gradient keeps no first norm. Gemma 3 has four norms, each of
+which keeps its gain besides (D float32, whatever the rows). Keys and values are repeated to
 A where a mask is given and heads share them. Split attention keeps no T x T mask, but for each
 block of completions after the first a small mask and, where prefix and block are joined, their keys
 and values again; and the joined result besides its pieces. A frozen linear keeps nothing.
@@ -52,7 +53,7 @@ def saved(geometry: Geometry, plan: Plan) -> int:
     if plan.input_tracked:
         # Where the image features were scattered to: one bool per token.
         total += tokens
-    return plan.pairs * total
+    return plan.pairs * total + _gains(decoder, plan)
 
 
 def inside(geometry: Geometry, plan: Plan) -> int:
@@ -72,7 +73,9 @@ def block(decoder: Decoder, plan: Plan, targets: frozenset[str], seen: Tracked) 
     total = _norm(plan, tokens, decoder.width) if seen.input else 0
     total += _inputs(plan, tokens * decoder.width, targets & {"q_proj", "k_proj", "v_proj"})
     total += _attention(decoder, plan, targets, seen)
-    total += _norm(plan, tokens, decoder.width) if seen.middle else 0
+    norms = seen.middle * (2 if decoder.sandwiched else 1)
+    norms += seen.output if decoder.sandwiched else 0
+    total += norms * _norm(plan, tokens, decoder.width)
     total += _inputs(plan, tokens * decoder.width, targets & {"gate_proj", "up_proj"})
     total += inner * size * ((2 if seen.gate else 0) + (1 if seen.up else 0))
     total += _inputs(plan, inner, targets & {"down_proj"})
@@ -86,13 +89,14 @@ def block(decoder: Decoder, plan: Plan, targets: frozenset[str], seen: Tracked) 
 
 
 def features(geometry: Geometry, plan: Plan) -> int:
-    """Bytes of the image features, and of what a trained projector keeps besides: its input and
-    its inner activation before and after the gelu."""
-    tower, width = geometry.tower, geometry.decoder.width
-    kept = geometry.tile_tokens * width
+    """Bytes of the image features, and of what a trained projector keeps besides. No more tokens
+    than the prefix has: of images of any size the geometry has the largest."""
+    projector = geometry.projector
+    tokens = min(plan.rows.tiles * projector.tokens, plan.rows.prefix)
+    each = projector.tokens * projector.levels * geometry.decoder.width * plan.dtype_bytes
     if plan.projector or plan.adapter is None:
-        kept += tower.positions * geometry.features + 2 * geometry.tile_tokens * width
-    return plan.pairs * plan.rows.tiles * kept * plan.dtype_bytes
+        each += projector.kept * plan.dtype_bytes + projector.kept_floats * FLOAT
+    return plan.pairs * tokens * each // projector.tokens
 
 
 def working(geometry: Geometry, plan: Plan) -> int:
@@ -111,11 +115,12 @@ def _targets(plan: Plan, decoder: Decoder, layer: int) -> frozenset[str]:
 def shared_by_blocks(
     decoder: Decoder, plan: Plan, *, rotary: bool = True, mask: bool = True
 ) -> int:
-    """cos and sin, and the additive mask, of which all blocks keep the same."""
+    """cos and sin, and the additive mask, of which all blocks of a kind keep the same."""
     rows, size = plan.rows, plan.dtype_bytes
-    total = 2 * rows.tokens * decoder.head_dim * size if rotary else 0
+    kinds = len(set(decoder.windows)) or 1
+    total = kinds * 2 * rows.tokens * decoder.head_dim * size if rotary else 0
     if mask and plan.attention == "dense":
-        total += sum(length**2 for length in rows.lengths) * size
+        total += kinds * sum(length**2 for length in rows.lengths) * size
     return total
 
 
@@ -124,6 +129,14 @@ def _norm(plan: Plan, tokens: int, width: int) -> int:
     weight too."""
     own = plan.dtype_bytes if plan.adapter is None else 0
     return tokens * (width * (FLOAT + own) + FLOAT)
+
+
+def _gains(decoder: Decoder, plan: Plan) -> int:
+    """1 + weight of every norm, in float32, which Gemma 3 makes anew in each pass."""
+    if not decoder.sandwiched or plan.checkpointing:
+        return 0
+    each = 4 * decoder.width + 2 * decoder.head_dim
+    return (decoder.layers * each + decoder.width) * FLOAT
 
 
 def _inputs(plan: Plan, elements: int, targets: frozenset[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlalign.estimate.geometry import Geometry, config_of, read
+from mlalign.estimate.geometry import Geometry, geometry_of, read
 from mlalign.estimate.memory import estimate
 from mlalign.estimate.plan import Attention, Plan, plan_of
 from mlalign.estimate.rows import Rows
@@ -23,6 +23,7 @@ def fits(
     device_bytes: int,
     *,
     config: Any = None,
+    image_processor: Any = None,
     rows: Rows | None = None,
     dtype: str | None = None,
     reference_live: bool = True,
@@ -32,12 +33,13 @@ def fits(
     """Whether one process's step without gradient checkpointing stays within 0.8 of the memory that
     is free: True means that checkpointing can be dropped.
 
-    ``device_bytes``: free now, for one process (``free_bytes``). ``config``: of the model, where it
-    is at hand; None reads it by the recipe. ``rows``: the longest rows of the data; None takes
-    assumed lengths (``plan.rows_of``). ``loaded``: the weights are there already, so that they are
-    not in what is free. Raises GeometryError and PlanError for what cannot be estimated.
+    ``device_bytes``: free now, for one process (``free_bytes``). ``config``, ``image_processor``:
+    of the model, where they are at hand; None reads them by the recipe. ``rows``: the longest rows
+    of the data; None takes assumed lengths (``plan.rows_of``). ``loaded``: the weights are there
+    already, so that they are not in what is free. Raises GeometryError and PlanError for what
+    cannot be estimated.
     """
-    geometry = read(config_of(recipe.model) if config is None else config)
+    geometry = geometry_of(recipe.model) if config is None else read(config, image_processor)
     plan = plan_of(
         recipe,
         geometry,

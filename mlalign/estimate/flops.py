@@ -72,7 +72,7 @@ def forward(geometry: Geometry, rows: Rows, adapter: Adapter | None = None) -> F
     decoder = geometry.decoder
     return Flops(
         linear=2.0 * decoder.layers * decoder.block_linear_weights * rows.tokens,
-        attention=4.0 * decoder.layers * decoder.attention_width * rows.attended,
+        attention=4.0 * decoder.attention_width * sum(_pairs(geometry, rows)),
         head=2.0 * decoder.width * decoder.vocabulary * rows.scored,
         adapter=2.0 * adapter.parameters(decoder) * rows.tokens if adapter else 0.0,
     )
@@ -88,7 +88,7 @@ def vision(geometry: Geometry, tiles: int = 1, layers: int | None = None) -> Flo
         if not tower.layer_flops:
             raise ValueError(f"the layers of {tower.kind!r} cannot be counted apart: leave it None")
         flops -= (tower.layers - layers) * tower.layer_flops
-    return Flops(vision=float(tiles * (flops + sum(_projector(geometry)))))
+    return Flops(vision=float(tiles * (flops + geometry.projector.flops)))
 
 
 def backward(geometry: Geometry, plan: Plan, conventions: Conventions = DEFAULT) -> Flops:
@@ -99,24 +99,24 @@ def backward(geometry: Geometry, plan: Plan, conventions: Conventions = DEFAULT)
         out = Flops(linear=2 * once.linear, head=2 * once.head, attention=once.attention)
     else:
         linear = adapter = attended = 0.0
+        pairs = _pairs(geometry, plan.rows)
         tracked = plan.input_tracked or conventions.whole_first_block
         for layer in range(geometry.decoder.layers):
             targets = plan.adapter.of(layer)
             seen = track(targets, tracked)
             frozen, trained = _per_token(geometry, plan.adapter.rank, targets, seen)
             linear, adapter = linear + frozen, adapter + trained
-            attended += seen.attention
+            attended += pairs[layer] * seen.attention
             tracked = seen.output
         out = Flops(
             linear=linear * plan.rows.tokens,
             head=once.head,
-            attention=once.attention * attended / geometry.decoder.layers,
+            attention=4.0 * geometry.decoder.attention_width * attended,
             adapter=adapter * plan.rows.tokens if conventions.adapter else 0.0,
         )
     out = replace(out, attention=out.attention * conventions.attention_backward)
     if plan.adapter is None or plan.projector:
-        first, second = _projector(geometry)
-        out = replace(out, vision=plan.rows.tiles * (first + 2 * second))
+        out = replace(out, vision=plan.rows.tiles * geometry.projector.backward_flops)
     return out
 
 
@@ -165,7 +165,8 @@ def _per_token(
     return linear, adapter
 
 
-def _projector(geometry: Geometry) -> tuple[float, float]:
-    """FLOPs of the projector's two linears over one tile."""
-    width, tokens = geometry.decoder.width, geometry.tile_tokens
-    return 2.0 * tokens * geometry.features * width, 2.0 * tokens * width * width
+def _pairs(geometry: Geometry, rows: Rows) -> list[int]:
+    """Attended pairs of each block of the decoder."""
+    windows = geometry.decoder.windows or (None,) * geometry.decoder.layers
+    counts = {window: rows.attended_in(window, geometry.block) for window in set(windows)}
+    return [counts[window] for window in windows]

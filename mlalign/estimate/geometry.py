@@ -1,4 +1,4 @@
-"""The shape of a LLaVA-class model, read from its transformers config, and its parameter counts.
+"""The shape of a vision-language model, read from its transformers config, and parameter counts.
 
 Counts are exact: they equal those of the model instantiated on the ``meta`` device. A decoder,
 tower or model type that is not known here is refused with the list of those that are.
@@ -6,21 +6,30 @@ tower or model type that is not known here is refused with the list of those tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoImageProcessor
 
+from mlalign.estimate.images import BY_PROCESSOR, largest_grid, most_tiles
+from mlalign.estimate.projector import Projector, read_projector
 from mlalign.estimate.tower import Tower, read_tower
 from mlalign.sections import ModelSection
 
-MODELS = ("llava", "llava_next", "llava_onevision")
+MODELS = ("llava", "llava_next", "llava_onevision", "gemma3", *BY_PROCESSOR)
 """Model types whose parts are known here."""
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+DECODERS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen3_vl_text",
+    "gemma3_text",
+)
 """Decoder types whose block is known here."""
-ONEVISION_TILES = 9
-"""LLaVA-OneVision shrinks the packed tiles to at most this many tiles' worth of tokens."""
 
 
 class GeometryError(ValueError):
@@ -42,7 +51,13 @@ class Decoder:
     biased: frozenset[str]
     """Linears of a block that have a bias."""
     normed_heads: bool
-    """RMS norms over each query and key head (Qwen3)."""
+    """RMS norms over each query and key head (Qwen3, Gemma 3)."""
+    sandwiched: bool = False
+    """Norms after attention and MLP too, whose gain is 1 + weight in float32 (Gemma 3)."""
+    windows: tuple[int | None, ...] = ()
+    """Sliding window of each block, None where it has none; empty: no block has one."""
+    module: str = "language_model"
+    """Its name in the model."""
     tied: bool
     """The head is the embedding."""
 
@@ -79,7 +94,8 @@ class Decoder:
     def block_parameters(self) -> int:
         """Parameters of one block: linears, biases, norms."""
         biases = sum(self.linears[name][1] for name in self.biased)
-        norms = 2 * self.width + (2 * self.head_dim if self.normed_heads else 0)
+        norms = (4 if self.sandwiched else 2) * self.width
+        norms += 2 * self.head_dim if self.normed_heads else 0
         return self.block_linear_weights + biases + norms
 
     @property
@@ -106,24 +122,30 @@ class Geometry:
     model_type: str
     decoder: Decoder
     tower: Tower
-    features: int
-    """Width of what the projector reads: the tower's, times the layers that are concatenated."""
-    projector_biased: bool
+    projector: Projector
     newline: bool
     """A trained embedding ends each row of image tokens (LLaVA-NeXT, LLaVA-OneVision)."""
-    tile_tokens: int
-    """Rows that the projector makes of one image that the tower sees."""
     tiles: int
     """Most images that the tower sees for one image of the user (any-resolution tiles)."""
     image_tokens: int
-    """Most tokens that one image of the user takes in the prefix."""
+    """Most tokens that one image of the user takes in the prefix, with the marks around it."""
+    masked: bool = False
+    """Image tokens see each other both ways, so that rows of branches need their mask (Gemma 3)."""
+
+    @property
+    def tile_tokens(self) -> int:
+        """Rows that the projector makes of one image that the tower sees."""
+        return self.projector.tokens
+
+    @property
+    def block(self) -> int:
+        """Image tokens of a prefix that see each other both ways."""
+        return self.tile_tokens if self.masked else 0
 
     @property
     def projector_parameters(self) -> int:
-        """Parameters of the two linears, and of the newline embedding."""
-        width = self.decoder.width
-        biases = 2 * width if self.projector_biased else 0
-        return (self.features + width) * width + biases + (width if self.newline else 0)
+        """Parameters between tower and decoder, the newline embedding included."""
+        return self.projector.parameters
 
     @property
     def parameters(self) -> int:
@@ -136,46 +158,64 @@ def config_of(section: ModelSection) -> Any:
 
     Raises GeometryError where there is none.
     """
-    path = section.path
-    if path.startswith("builtin:"):
-        path = str(Path(__file__).parents[1] / path.removeprefix("builtin:") / "base")
     try:
-        return AutoConfig.from_pretrained(
-            str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path,
-            revision=section.revision,
-        )
+        return AutoConfig.from_pretrained(_place(section), revision=section.revision)
     except (OSError, ValueError) as error:
         raise GeometryError(f"model.path: no config at {section.path}: {error}") from error
 
 
-def read(config: Any) -> Geometry:
-    """The geometry of a transformers config. Raises GeometryError for what is not known here."""
+def geometry_of(section: ModelSection) -> Geometry:
+    """The geometry of a recipe's model, its image processor's settings read where they count.
+
+    Raises GeometryError as ``read`` does, and where config or processor is missing.
+    """
+    config = config_of(section)
+    if config.model_type not in BY_PROCESSOR:
+        return read(config)
+    try:
+        made = AutoImageProcessor.from_pretrained(
+            _place(section), revision=section.revision, backend="pil"
+        )
+    except (OSError, ValueError) as error:
+        raise GeometryError(f"model.path: no image processor at {section.path}: {error}") from error
+    return read(config, made)
+
+
+def read(config: Any, image_processor: Any = None) -> Geometry:
+    """The geometry of a transformers config. ``image_processor``: of the same model; it says how
+    large an image may be where the config does not (``images``).
+
+    Raises GeometryError for what is not known here.
+    """
     kind = getattr(config, "model_type", type(config).__name__)
     if kind not in MODELS:
         raise GeometryError(
             f"model_type {kind!r} cannot be estimated; there are: {', '.join(MODELS)}. Write "
             "train.gradient_checkpointing: true or false instead of auto"
         )
-    tied = bool(config.tie_word_embeddings)
-    decoder = read_decoder(config.text_config, tied=tied)
+    if kind in BY_PROCESSOR and image_processor is None:
+        raise GeometryError(
+            f"{kind}: the largest image is a setting of the image processor: give the model's own"
+        )
+    decoder = read_decoder(config.text_config, tied=bool(config.tie_word_embeddings))
+    if kind in ("idefics3", "smolvlm"):
+        decoder = replace(decoder, module="text_model")
     try:
-        tower = read_tower(config.vision_config)
+        grid = largest_grid(config, image_processor) if kind.startswith("qwen") else None
+        tower = read_tower(config.vision_config, grid)
+        projector = read_projector(config, tower)
+        tiles, image_tokens = most_tiles(config, tower, projector, image_processor)
     except ValueError as error:
         raise GeometryError(str(error)) from error
-    chosen = config.vision_feature_layer
-    whole = config.vision_feature_select_strategy == "full"
-    tokens = tower.positions if whole else tower.patches
-    tiles, image_tokens = _tiles(config, tower, tokens)
     return Geometry(
         model_type=kind,
         decoder=decoder,
         tower=tower,
-        features=tower.width * (1 if isinstance(chosen, int) else len(chosen)),
-        projector_biased=bool(config.multimodal_projector_bias),
-        newline=kind != "llava",
-        tile_tokens=tokens,
+        projector=projector,
+        newline=kind in ("llava_next", "llava_onevision"),
         tiles=tiles,
         image_tokens=image_tokens,
+        masked=kind == "gemma3",
     )
 
 
@@ -186,13 +226,8 @@ def read_decoder(config: Any, *, tied: bool) -> Decoder:
         raise GeometryError(
             f"text_config.model_type {kind!r} cannot be estimated; there are: {', '.join(DECODERS)}"
         )
-    windowed = getattr(config, "sliding_window", None) is not None
-    if windowed and getattr(config, "use_sliding_window", True):
-        raise GeometryError(
-            "text_config.sliding_window: attention over windows cannot be estimated"
-        )
     biased: set[str] = set()
-    if kind == "qwen2":
+    if kind in ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text"):
         biased |= {"q_proj", "k_proj", "v_proj"}
     elif getattr(config, "attention_bias", False):
         biased |= {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -210,22 +245,34 @@ def read_decoder(config: Any, *, tied: bool) -> Decoder:
         head_dim=head_dim,
         vocabulary=config.vocab_size,
         biased=frozenset(biased),
-        normed_heads=kind == "qwen3",
+        normed_heads=kind in ("qwen3", "qwen3_vl_text", "gemma3_text"),
+        sandwiched=kind == "gemma3_text",
+        windows=_windows(config),
         tied=tied,
     )
 
 
-def _tiles(config: Any, tower: Tower, tokens: int) -> tuple[int, int]:
-    """Most tiles, and most tokens, of one image. Any resolution: the whole image, then its tiles
-    packed row by row with a newline after each row."""
-    points = getattr(config, "image_grid_pinpoints", None)
-    if config.model_type == "llava" or not points:
-        return 1, tokens
-    side, grid = tower.image_size, tower.image_size // tower.patch_size
-    counts = [(height // side, width // side) for height, width in points]
-    tiles = 1 + max(rows * columns for rows, columns in counts)
-    packed = max(rows * grid * (columns * grid + 1) for rows, columns in counts)
-    if config.model_type == "llava_onevision":
-        # Pooled to at most this area; the newlines of the longest side may stand besides.
-        packed = min(packed, ONEVISION_TILES * grid**2 + max(r for r, _ in counts) * grid)
-    return tiles, tokens + packed
+def _windows(config: Any) -> tuple[int | None, ...]:
+    """Of Gemma 3's blocks. Raises GeometryError for a decoder that is not causal."""
+    if config.model_type != "gemma3_text":
+        windowed = getattr(config, "sliding_window", None) is not None
+        if windowed and getattr(config, "use_sliding_window", True):
+            raise GeometryError(
+                "text_config.sliding_window: attention over windows cannot be estimated"
+            )
+        return ()
+    if config.use_bidirectional_attention:
+        raise GeometryError(
+            "text_config.use_bidirectional_attention: a prefix would see its completions"
+        )
+    sizes = {"full_attention": None, "sliding_attention": config.sliding_window}
+    return tuple(sizes[each] for each in config.layer_types)
+
+
+def _place(section: ModelSection) -> str:
+    """Folder or Hub id."""
+    path = section.path
+    if path.startswith("builtin:"):
+        return str(Path(__file__).parents[1] / path.removeprefix("builtin:") / "base")
+    folder = Path(path).expanduser()
+    return str(folder) if folder.is_dir() else path

@@ -18,7 +18,6 @@ PROMPT_TOKENS = 24
 """Tokens of a prompt's text and template where nobody says: 600 with LLaVA-1.5's 576."""
 COMPLETION_TOKENS = 200
 """Tokens of a completion where nobody says."""
-PROJECTOR = "multi_modal_projector"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -121,14 +120,14 @@ def adapter_of(section: LoraSection, decoder: Decoder) -> Adapter:
         name: frozenset(
             layer
             for layer in range(decoder.layers)
-            if section.targets is None or re.fullmatch(section.targets, _path(layer, name))
+            if section.targets is None or re.fullmatch(section.targets, _path(decoder, layer, name))
         )
         for name in decoder.linears
     }
     if not any(where.values()):
         raise PlanError(
             f"model.adapter.targets: {section.targets!r} matches no linear of the decoder's "
-            f"blocks, e.g. {_path(0, 'q_proj')}"
+            f"blocks, e.g. {_path(decoder, 0, 'q_proj')}"
         )
     return Adapter(rank=section.rank, where=where)
 
@@ -147,11 +146,7 @@ def plan_of(
     where the recipe says auto. Raises PlanError, naming the key."""
     section, launch = recipe.model, recipe.launch
     lora = None if section.adapter == "none" else section.adapter
-    unknown = [name for name in (lora.modules_to_save if lora else ()) if name != PROJECTOR]
-    if unknown:
-        raise PlanError(
-            f"model.adapter.modules_to_save: {unknown[0]!r} cannot be estimated; only {PROJECTOR}"
-        )
+    _check_saved(lora.modules_to_save if lora else (), geometry)
     if lora is None and section.quantize != "none":
         raise PlanError("model.quantize: quantised weights do not train; give model.adapter")
     dtype = dtype or auto_dtype(section.dtype)
@@ -176,7 +171,8 @@ def plan_of(
         zero=launch.zero if sharded else 0,
         offload=launch.offload and sharded,
         processes=launch.processes,
-        attention=attention,
+        # Image blocks and sliding windows need the mask.
+        attention="dense" if geometry.masked else attention,
     )
 
 
@@ -228,6 +224,19 @@ def _adapter_dtype(dtype: str, quantized: bool, sharded: bool) -> tuple[int, int
     return 4, 4, 0
 
 
-def _path(layer: int, name: str) -> str:
+def _path(decoder: Decoder, layer: int, name: str) -> str:
     part = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-    return f"model.language_model.layers.{layer}.{part}.{name}"
+    return f"model.{decoder.module}.layers.{layer}.{part}.{name}"
+
+
+def _check_saved(names: tuple[str, ...], geometry: Geometry) -> None:
+    """Raise PlanError where not the whole projector, or more than it, trains beside LoRA."""
+    # PEFT takes a name for every module whose own name ends in it.
+    modules = geometry.projector.modules
+    unknown = [name for name in names if not any(m.endswith(name) for m in modules)]
+    left = [m for m in modules if not any(m.endswith(name) for name in names)]
+    if unknown or (names and left):
+        raise PlanError(
+            f"model.adapter.modules_to_save: {(unknown or list(names))[0]!r} cannot be estimated; "
+            f"only the whole projector: {', '.join(m.removeprefix('model.') for m in modules)}"
+        )

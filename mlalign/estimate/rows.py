@@ -53,11 +53,20 @@ class Rows:
     def attended(self) -> int:
         """(query, key) pairs under the mask. Shared: P (P + 1) / 2 once, and for each completion
         L P + L (L + 1) / 2; else S (S + 1) / 2 for each row."""
+        return self.attended_in(None)
+
+    def attended_in(self, window: int | None, block: int = 0) -> int:
+        """``attended`` where a token sees at most ``window`` tokens, itself included, and the
+        first of ``block`` tokens of each prefix see the later ones as well."""
+        both_ways = block * (block - 1) // 2
+        prefix = _causal(self.prefix, window)
         if self.layout == "shared":
-            branches = sum(n * self.prefix + _triangle(n) for n in self.completions)
-            return _triangle(self.prefix) + branches
-        return sum(_triangle(length) for length in self.lengths)
+            after = [_causal(self.prefix + n, window) - prefix for n in self.completions]
+            return prefix + sum(after) + both_ways
+        return sum(_causal(length, window) + both_ways for length in self.lengths)
 
 
-def _triangle(length: int) -> int:
-    return length * (length + 1) // 2
+def _causal(length: int, window: int | None) -> int:
+    """Pairs of a row in which each token sees itself and what stands before it in the window."""
+    within = length if window is None else min(length, window)
+    return within * (within + 1) // 2 + (length - within) * within

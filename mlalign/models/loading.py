@@ -52,7 +52,11 @@ def dtype_of(section: ModelSection) -> torch.dtype:
 
 def family_of(config: Any) -> Any:
     """The family that serves a config's architecture. Raises ModelError with the list otherwise."""
-    architecture = (getattr(config, "architectures", None) or ["none"])[0]
+    return family_named((getattr(config, "architectures", None) or ["none"])[0])
+
+
+def family_named(architecture: str) -> Any:
+    """The family that serves a class of models. Raises ModelError with the list otherwise."""
     served = {}
     for name in methods.names("mlalign.models"):
         family = methods.find("mlalign.models", name)

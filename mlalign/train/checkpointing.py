@@ -33,6 +33,7 @@ def decide(recipe: Recipe, vlm: VLM, pairs: Sequence[TokenisedPair]) -> tuple[bo
             recipe,
             free_bytes(recipe.launch.processes),
             config=vlm.core.config,
+            image_processor=vlm.processor.image_processor,
             rows=rows,
             reference_live=recipe.train.reference == "live",
             attention="dense" if recipe.train.attention == "dense" else "split",

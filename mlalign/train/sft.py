@@ -1,11 +1,12 @@
-"""Supervised fine-tuning of a LLaVA on dialogues, through TRL's SFTTrainer.
+"""Supervised fine-tuning of a vision-language model on dialogues, through TRL's SFTTrainer.
 
-The loss is the mean over the assistant's tokens (``sft_data``). Serves any
-``LlavaForConditionalGeneration`` with its processor.
+The loss is the mean over the assistant's tokens (``sft_data``) of an optimiser step, over its
+micro-batches and processes. Serves every family of mlalign/models with its processor.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +16,17 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch.nn import functional as F
+from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from mlalign.branching.attention import refuse, using
+from mlalign.branching.logps import completion_logps
+from mlalign.models._vlm import VLM
+from mlalign.models.loading import family_named
 from mlalign.records import Dialogue
-from mlalign.train.sft_data import IGNORE, SftCollator
-from mlalign.train.sft_features import FeatureCache, projector_of
+from mlalign.train.sft_data import SftCollator
+from mlalign.train.sft_features import FeatureCache
 
 
 class SftSettings(BaseModel):
@@ -30,13 +35,13 @@ class SftSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     trainable: Literal["all", "projector", "lora+projector"] = "all"
-    """What is trained. ``projector``: the two layers between tower and language model alone."""
+    """What is trained. ``projector``: what stands between tower and language model, alone."""
     lora_rank: int = Field(default=16, ge=1)
     lora_alpha: int = Field(default=32, ge=1)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    lora_targets: str = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-    """Regular expression over whole module names. It names the language model: "all-linear" would
-    also hit the vision tower."""
+    lora_targets: str | None = None
+    """Regular expression over whole module names; None: every linear of the language model's
+    blocks. "all-linear" would also hit the vision tower."""
     learning_rate: float = Field(default=1e-4, gt=0)
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     warmup: float = Field(default=0.03, ge=0, lt=1)
@@ -83,16 +88,18 @@ def train_sft(
     """Fine-tune ``model`` in place and return it (a PeftModel where an adapter was added).
 
     ``dialogues`` may make its items when asked for them. Metrics go to ``out_dir/sft.jsonl`` under
-    TRL's names. Nothing else is written: saving is the caller's. Raises RecordError for a dialogue
-    that cannot be used.
+    TRL's names. Nothing else is written: saving is the caller's. Raises ModelError for a model
+    that no family serves; RecordError and LayoutError, naming it, for a dialogue that cannot be
+    used.
     """
     if not len(dialogues):
         raise ValueError("sft: no dialogue to train on")
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    cache = FeatureCache(model) if settings.cache_features else None
-    peft_config = _prepare(model, settings)
-    collate = SftCollator(processor, settings.max_length, cache)
+    vlm = VLM(model, processor, family_named(type(model).__name__), name=type(model).__name__)
+    cache = FeatureCache(vlm) if settings.cache_features else None
+    peft_config = _prepare(vlm, settings)
+    collate = SftCollator(vlm, settings.max_length)
     trainer = _Trainer(
         model=model,
         args=_arguments(settings, out),
@@ -103,31 +110,51 @@ def train_sft(
         peft_config=peft_config,
         callbacks=[_Jsonl(out / "sft.jsonl"), *callbacks],
     )
-    trainer.feature_cache = cache
+    trainer.vlm, trainer.feature_cache = vlm, cache
     try:
-        trainer.train()
+        with _attending(model):
+            trainer.train()
     finally:  # TRL puts a forward of its own on the model: take it off again
         vars(model).pop("forward", None)
     return trainer.model
 
 
-def _prepare(model: Any, settings: SftSettings) -> LoraConfig | None:
+def _prepare(vlm: VLM, settings: SftSettings) -> LoraConfig | None:
     """Freeze what is not trained and set the dtypes. Returns the adapter to add, if any."""
+    model, projectors = vlm.model, vlm.family.projectors(vlm.model)
     model.requires_grad_(settings.trainable == "all")
     if settings.trainable != "all":
         if settings.dtype == "bfloat16":
-            model.to(torch.bfloat16)
-        projector_of(model).float().requires_grad_(settings.trainable == "projector")
+            _cast(model, torch.bfloat16)
+        for name in projectors:
+            projector = model.get_submodule(name)
+            _cast(projector, torch.float32)
+            projector.requires_grad_(settings.trainable == "projector")
     if settings.trainable != "lora+projector":
         return None
     return LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=settings.lora_targets,
-        modules_to_save=["multi_modal_projector"],
+        target_modules=settings.lora_targets or vlm.family.lora_targets(model),
+        modules_to_save=projectors,
         task_type="CAUSAL_LM",
     )
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """The parameters only: rotary frequencies, which are buffers, lose a position in bfloat16."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _attending(model: Any) -> contextlib.AbstractContextManager[None]:
+    """The project's attention function, where the model's own can be exchanged for it."""
+    try:
+        refuse(model)
+    except ValueError:
+        return contextlib.nullcontext()
+    return using(model)
 
 
 def _arguments(settings: SftSettings, out: Path) -> SFTConfig:
@@ -160,8 +187,12 @@ def _arguments(settings: SftSettings, out: Path) -> SFTConfig:
 
 
 class _Trainer(SFTTrainer):
-    """SFTTrainer whose logits are made only where some row has a label."""
+    """SFTTrainer on rows of ``branching``: the head runs only where a token carries loss."""
 
+    # The loss is already divided by the tokens of the whole step.
+    loss_is_scaled_for_ga = True
+
+    vlm: VLM
     feature_cache: FeatureCache | None = None
 
     def compute_loss(  # type: ignore[override]
@@ -171,25 +202,24 @@ class _Trainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")[:, 1:]
+        batch = inputs["batch"].to(self.accelerator.device)
         if self.feature_cache is not None:
-            self.feature_cache.put_features(model, inputs)
-        columns = (labels != IGNORE).any(dim=0).nonzero().squeeze(1)
-        outputs = model(**inputs, logits_to_keep=columns, use_cache=False)
-        kept = labels[:, columns].reshape(-1)
-        logits = outputs.logits.float().flatten(0, 1)
-        total = F.cross_entropy(logits, kept, ignore_index=IGNORE, reduction="sum")
-        valid = kept != IGNORE
-        loss = total / (valid.sum() if num_items_in_batch is None else num_items_in_batch)
-        if num_items_in_batch is not None:  # it counts all processes' tokens; DDP averages
-            loss = loss * self.accelerator.num_processes
-        right = (logits.detach().argmax(-1) == kept) & valid
+            batch = self.feature_cache.encode(model, batch, inputs["image_keys"])
+        out = completion_logps(model, self.vlm.encode(batch, model))
+        tokens = out.mask_CS.sum()
+        world = self.accelerator.num_processes
+        total = tokens * world if num_items_in_batch is None else num_items_in_batch
+        # Gradients are averaged over processes, so each one's sum counts `world` times.
+        loss = -out.sum_C().sum() * world / total
         mode = "train" if model.training else "eval"
-        self._metrics[mode]["mean_token_accuracy"].append(
-            (right.sum() / valid.sum().clamp(min=1)).item()
-        )
-        return (loss, outputs) if return_outputs else loss
+        self._metrics[mode]["mean_token_accuracy"].append((out.top1_CS.sum() / tokens).item())
+        return (loss, out) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Tokens with loss of the optimiser step, over its micro-batches and all processes."""
+        tokens = sum(int(sample["batch"].mask_CS.sum()) for sample in batch_samples)
+        counts: Any = self.accelerator.gather(torch.tensor(tokens, device=device))
+        return counts.sum()
 
 
 class _Jsonl(TrainerCallback):

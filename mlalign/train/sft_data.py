@@ -8,65 +8,50 @@ truncated: a dialogue that is too long is an error, as a cut one would lose its 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from mlalign.images import open_image
+from mlalign.branching.layout import common_prefix
+from mlalign.images import image_size, open_image
 from mlalign.models._family import adds_bos
+from mlalign.models._vlm import VLM
 from mlalign.records import Dialogue, RecordError
-from mlalign.train.sft_features import FeatureCache
-
-IGNORE = -100
-"""Label of a token without loss."""
 
 
 class SftCollator:
-    """Dialogues -> padded tensors: input_ids, attention_mask, labels [B, L]; pixel_values
-    [B, 3, H, W], or with a feature cache the keys of the images and the pixels not yet seen."""
+    """Dialogues -> ``batch``, a row of one prefix and one completion for each, and ``image_keys``.
 
-    def __init__(
-        self, processor: Any, max_length: int | None = None, cache: FeatureCache | None = None
-    ) -> None:
-        self.processor, self.max_length, self.cache = processor, max_length, cache
-        self.pad = processor.tokenizer.pad_token_id
-        self.image_id = processor.image_token_id
+    The prefix ends where the first answer starts; the completion is everything after it, and
+    ``mask_CS`` is True at its tokens that carry loss. An image that comes twice is encoded once.
+    """
+
+    def __init__(self, vlm: VLM, max_length: int | None = None) -> None:
+        self.vlm, self.max_length = vlm, max_length
 
     def __call__(self, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
-        batch: dict[str, Any] = {}
-        if self.cache is None:
-            batch["pixel_values"] = self._pixels(dialogues)
-            count = image_token_count(self.processor, batch["pixel_values"])
-        else:
-            batch["image_keys"] = [d.image_sha256 for d in dialogues]
-            new = list(
-                {d.image_sha256: d for d in dialogues if d.image_sha256 not in self.cache}.values()
-            )
-            if new:
-                batch["pixel_values"] = self._pixels(new)
-                batch["pixel_keys"] = [d.image_sha256 for d in new]
-                self.cache.tokens = image_token_count(self.processor, batch["pixel_values"])
-            count = self.cache.tokens
-        rows = [self._row(d, count) for d in dialogues]
-        length = max(len(ids) for ids, _ in rows)
-        batch["input_ids"] = torch.full((len(rows), length), self.pad)
-        batch["labels"] = torch.full((len(rows), length), IGNORE)
-        batch["attention_mask"] = torch.zeros((len(rows), length), dtype=torch.long)
-        for i, (ids, labels) in enumerate(rows):  # right padding: positions start at 0
-            batch["input_ids"][i, : len(ids)] = torch.tensor(ids)
-            batch["labels"][i, : len(ids)] = torch.tensor(labels)
-            batch["attention_mask"][i, : len(ids)] = 1
-        return batch
+        """Raises RecordError, naming the dialogue, for one that cannot be used."""
+        keys = [d.image_sha256 or d.image.sha256() for d in dialogues]
+        images = {
+            key: self.vlm.image(open_image(d.image, d.id))
+            for key, d in dict(zip(keys, dialogues, strict=True)).items()
+        }
+        rows = [self._row(dialogue) for dialogue in dialogues]
+        starts = [supervised.index(True) for _, supervised in rows]
+        batch = self.vlm.rows(
+            [ids[:start] for (ids, _), start in zip(rows, starts, strict=True)],
+            [[ids[start:]] for (ids, _), start in zip(rows, starts, strict=True)],
+            [images[key] for key in keys],
+            ids=[[d.id] for d in dialogues],
+        )
+        mask_CS = torch.zeros_like(batch.mask_CS)
+        for row, ((_, supervised), start) in enumerate(zip(rows, starts, strict=True)):
+            mask_CS[row, : len(supervised) - start] = torch.tensor(supervised[start:])
+        return {"batch": replace(batch, mask_CS=mask_CS), "image_keys": list(images)}
 
-    def _pixels(self, dialogues: Sequence[Dialogue]) -> torch.Tensor:
-        images = [open_image(d.image, d.id) for d in dialogues]
-        return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-
-    def _row(self, dialogue: Dialogue, image_tokens: int) -> tuple[list[int], list[int]]:
-        ids, supervised = tokenize_dialogue(self.processor, dialogue)
-        at = ids.index(self.image_id)
-        ids[at : at + 1] = [self.image_id] * image_tokens
-        supervised[at : at + 1] = [False] * image_tokens
+    def _row(self, dialogue: Dialogue) -> tuple[list[int], list[bool]]:
+        ids, supervised = tokenize_dialogue(self.vlm, dialogue)
         if self.max_length is not None and len(ids) > self.max_length:
             raise RecordError(
                 dialogue.id,
@@ -74,51 +59,56 @@ class SftCollator:
                 f"{len(ids)} tokens, more than max_length {self.max_length}",
                 "Raise sft.max_length or split the dialogue",
             )
-        return ids, [i if s else IGNORE for i, s in zip(ids, supervised, strict=True)]
+        return ids, supervised
 
 
-def tokenize_dialogue(processor: Any, dialogue: Dialogue) -> tuple[list[int], list[bool]]:
-    """Token ids with one image token, and which of them are the assistant's.
+def tokenize_dialogue(vlm: VLM, dialogue: Dialogue) -> tuple[list[int], list[bool]]:
+    """Token ids, image tokens expanded, and which of them are the assistant's.
 
     The template is rendered up to the start and up to the end of every answer; what lies between
     is the answer, its end-of-turn mark included. The whole text is tokenized once.
     """
+    size = image_size(dialogue.image, dialogue.id)
     messages: list[dict[str, Any]] = []
     spans: list[tuple[int, int]] = []
     text = ""
     for turn, (user, assistant) in enumerate(dialogue.turns):
         content = [{"type": "image"}] if turn == 0 else []
         messages.append({"role": "user", "content": [*content, {"type": "text", "text": user}]})
-        before = processor.apply_chat_template(messages, add_generation_prompt=True)
+        before = vlm.family.template_text(vlm.processor, messages, True, size)
         messages.append({"role": "assistant", "content": [{"type": "text", "text": assistant}]})
-        after = processor.apply_chat_template(messages)
-        if not (before.startswith(text) and after.startswith(before)):
+        after = vlm.family.template_text(vlm.processor, messages, False, size)
+        # LLaVA-OneVision's prompt ends in "assistant\n", its answer stands after "assistant \n".
+        common = common_prefix([before, after])
+        if not before.startswith(text) or before[common:].strip():
             raise RecordError(
                 dialogue.id,
                 "turns",
                 f"the chat template changes earlier turns at turn {turn + 1}",
                 "Use a template that only adds to what it wrote, or dialogues of one turn",
             )
-        spans.append((len(before), len(after)))
+        words = len(after) - len(after[common:].lstrip())
+        spans.append((common if common == len(before) else words, len(after)))
         text = after
-    tokenizer = processor.tokenizer
-    special = adds_bos(tokenizer, text)
-    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+    bos = adds_bos(vlm.tokenizer, text)
+    encoded = vlm.tokenizer(text, add_special_tokens=bos, return_offsets_mapping=True)
     ids = list(encoded["input_ids"])
-    if ids.count(processor.image_token_id) != 1:
-        raise RecordError(
-            dialogue.id,
-            "turns",
-            f"{ids.count(processor.image_token_id)} image tokens after the chat template",
-            "The template must place the image once, and no text may contain the image token",
-        )
+    _check_image(vlm, dialogue, ids, size)
     supervised = [
         any(start <= first < end for start, end in spans) for first, _ in encoded["offset_mapping"]
     ]
     return ids, supervised
 
 
-def image_token_count(processor: Any, pixel_values: torch.Tensor) -> int:
-    """Image tokens that the processor would write for one image of this batch."""
-    text = processor.replace_image_token({"pixel_values": pixel_values[:1].cpu().numpy()}, 0)
-    return text.count(processor.image_token)
+def _check_image(vlm: VLM, dialogue: Dialogue, ids: list[int], size: tuple[int, int]) -> None:
+    """Raise RecordError where the ids do not hold the image's tokens once."""
+    alone = vlm.tokenizer(vlm.family.image_text(vlm.processor, size), add_special_tokens=False)
+    wanted = list(alone["input_ids"]).count(vlm.image_token_id)
+    found = ids.count(vlm.image_token_id)
+    if found != wanted:
+        raise RecordError(
+            dialogue.id,
+            "turns",
+            f"{found} image tokens after the chat template, but its image takes {wanted}",
+            "The template must place the image once, and no text may contain the image token",
+        )

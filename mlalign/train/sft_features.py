@@ -2,56 +2,77 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mlalign.branching.batch import PrefixBatch
+from mlalign.models import _vision
+from mlalign.models._vlm import VLM
 
-def projector_of(model: Any) -> Any:
-    """The module between tower and language model, under any wrappers."""
-    for name, module in model.named_modules():
-        if name.endswith("multi_modal_projector"):
-            return module
-    raise ValueError("the model has no multi_modal_projector: not a LLaVA")
+NEAR = 0.05
+"""Relative distance within which two dtypes' features are the same; another order is at 1."""
 
 
 class FeatureCache:
-    """Image key -> the projector's input [image tokens, tower width], bfloat16, in memory."""
+    """Image key -> the projector's input (tiles, tokens, width), bfloat16, in memory.
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.kept: dict[str, torch.Tensor] = {}
-        self.tokens = 0
-        """Image tokens per image."""
+    Serves families of one projector whose output is the image's tokens as they are: LLaVA,
+    Idefics3, SmolVLM, InternVL, Gemma 3. Raises ValueError, naming the family, for another.
+    """
 
-    def __contains__(self, key: str) -> bool:
-        return key in self.kept
+    def __init__(self, vlm: VLM) -> None:
+        self.vlm = vlm
+        self.kept: dict[str, Tensor] = {}
+        names = vlm.family.projectors(vlm.core)
+        self.projector = names[0]
+        if len(names) != 1:
+            raise self._refusal()
 
-    def put_features(self, model: Any, inputs: dict[str, Any]) -> None:
-        """Replace the batch's pixels and keys by projected features, with gradients to the
-        projector. ``model`` is the trained model, maybe wrapped; ``inputs`` is changed."""
-        keys = inputs.pop("image_keys")
-        if "pixel_values" in inputs:
-            self._add(inputs.pop("pixel_keys"), inputs.pop("pixel_values"))
-        projector = projector_of(model)
+    def encode(self, model: Any, batch: PrefixBatch, keys: Sequence[str]) -> PrefixBatch:
+        """The batch with features, with gradients to the projector.
+
+        ``model``: the trained one, maybe wrapped; ``keys``: of the batch's different images.
+        """
+        if any(key not in self.kept for key in keys):
+            self._add(batch, keys)
+        projector = self.vlm.core.get_submodule(self.projector)
         weight = next(projector.parameters())
-        features = torch.stack([self.kept[key] for key in keys]).to(weight.device, weight.dtype)
-        projected = projector(features)
-        inputs["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=list(projected))}
+        kept = [self.kept[key].to(weight.device, weight.dtype) for key in keys]
+        made = projector(torch.cat(kept)).split([len(tiles) for tiles in kept])
+        found = BaseModelOutputWithPooling(pooler_output=[each.flatten(0, 1) for each in made])  # type: ignore[arg-type]
+        features = self.vlm.family.arrange(found, batch.image_G)
+        return replace(batch, features=features, images={})
 
     @torch.no_grad()
-    def _add(self, keys: list[str], pixels: torch.Tensor) -> None:
+    def _add(self, batch: PrefixBatch, keys: Sequence[str]) -> None:
         """Run the tower; its output is what the projector is called with."""
-        caught: list[torch.Tensor] = []
-        # looked up now: PEFT may have put its wrapper in the projector's place
-        hook = projector_of(self.model).register_forward_pre_hook(
-            lambda _, args: caught.append(args[0])
-        )
-        tower = next(p for n, p in self.model.named_parameters() if "vision_tower" in n)
+        core, caught = self.vlm.core, []
+        # Looked up now: PEFT may have put its wrapper in the projector's place.
+        projector = core.get_submodule(self.projector)
+        hook = projector.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
         try:
-            with torch.autocast(tower.device.type, torch.bfloat16, tower.dtype == torch.bfloat16):
-                self.model.get_image_features(pixels.to(tower.device, tower.dtype))
+            found = _vision.features(core, self.vlm.family, batch.images).pooler_output
         finally:
             hook.remove()
-        self.kept.update(zip(keys, caught[0].to(torch.bfloat16).cpu(), strict=True))
+        lengths = [len(each) for each in found]
+        tiles = caught[0]
+        if len(caught) != 1 or tiles.ndim != 3 or sum(lengths) % len(tiles):
+            raise self._refusal()
+        tokens = sum(lengths) // len(tiles)
+        again = projector(tiles.to(next(projector.parameters()).dtype)).flatten(0, 1)
+        whole = torch.cat(list(found)).to(again.dtype)
+        if again.shape != whole.shape or (again - whole).norm() > NEAR * whole.norm():
+            raise self._refusal()
+        parts = tiles.to(torch.bfloat16).cpu().split([length // tokens for length in lengths])
+        self.kept.update(zip(keys, parts, strict=True))
+
+    def _refusal(self) -> ValueError:
+        return ValueError(
+            f"sft.cache_features: {self.vlm.family.__name__} has several projectors, or puts an "
+            "image's tokens together after its projector. Set it to false"
+        )

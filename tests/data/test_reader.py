@@ -77,12 +77,12 @@ def test_a_faulty_record_is_named_with_file_row_and_mend(fault: str, tmp_path: P
     assert [p.id for p in pairs] == ["r1", "r3"] and sum(skips.values()) == 1
 
 
-def test_a_second_record_of_an_id_is_named_with_both_rows(tmp_path: Path) -> None:
+def test_a_second_record_of_an_id_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(make_pairs(1)[0].image.read())
     row = {"images": ["a.png"], "prompt": "What?", "chosen": "A mug.", "rejected": "A pot."}
     rows = [{**row, "id": name, "prompt": f"What {i}?"} for i, name in enumerate("abcb")]
     file = _jsonl(tmp_path, rows)
-    with pytest.raises(DataError, match=r"record 'b': rows 1 and 3 have this id\. Give each"):
+    with pytest.raises(DataError, match=r"record 'b': a record before it has this id\. Give each"):
         load_pairs(file)
     pairs, skips = load_pairs(file, bad_records="skip")
     assert [(p.id, p.prompt) for p in pairs] == [

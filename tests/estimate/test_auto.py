@@ -109,7 +109,7 @@ def test_a_step_that_cannot_be_estimated_names_its_key(model: dict, words: str) 
 
 
 def test_another_family_is_refused_with_the_mend() -> None:
-    config = AutoConfig.for_model("qwen2_5_vl")
+    config = AutoConfig.for_model("paligemma")
     with pytest.raises(GeometryError, match="gradient_checkpointing: true or false"):
         auto.fits(recipe(), 2**40, config=config)
 

@@ -130,7 +130,7 @@ def test_a_builtin_model_is_read_by_name() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (AutoConfig.for_model("qwen2_vl"), "qwen2_vl.*llava_next"),
+        (AutoConfig.for_model("paligemma"), "paligemma.*llava_next"),
         (LlavaConfig(text_config=AutoConfig.for_model("gpt2")), "gpt2.*qwen3"),
         (LlavaConfig(text_config=MistralConfig(sliding_window=64)), "sliding_window"),
         (LlavaConfig(vision_config=AutoConfig.for_model("bert")), "vision_config.*bert"),

@@ -65,8 +65,7 @@ def stock_text(parts: Any, tiles: int) -> str:
     return made.replace_image_token({"num_patches": [tiles]}, 0)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def new_folder(folder: Path) -> Path:
     made = processor()
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(
@@ -90,8 +89,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image_seq_length=TOKENS,
         tie_word_embeddings=False,
     )
-    model = tiled.loud(InternVLForConditionalGeneration(config))
-    return tiled.save(tmp_path_factory.mktemp("internvl"), model, made)
+    return tiled.save(folder, tiled.loud(InternVLForConditionalGeneration(config)), made)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return new_folder(tmp_path_factory.mktemp("internvl"))
 
 
 @pytest.fixture(scope="module")

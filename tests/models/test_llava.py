@@ -107,6 +107,16 @@ def test_targets_that_leave_the_language_model_are_refused(tiny_llava: Path) -> 
         lora_config(LoraSection(targets="nothing"), vlm)
 
 
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_tied_head_is_not_trained_in_full(name: str, tiny_llava: Path) -> None:
+    vlm = load_vlm_from(tiny_llava, dtype="float32")
+    section = LoraSection(modules_to_save=("multi_modal_projector", name))
+    with pytest.raises(ModelError, match=rf"modules_to_save: {name} is tied .* Untie the model"):
+        lora_config(section, vlm)
+    vlm.core.config.tie_word_embeddings = False
+    assert lora_config(section, vlm).modules_to_save == ["multi_modal_projector", name]
+
+
 def test_missing_folder_unknown_family_and_foreign_adapter(
     tiny_llava: Path, tmp_path: Path
 ) -> None:

@@ -71,8 +71,7 @@ def stock(parts: Any) -> LlavaOnevisionProcessor:
     return made
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def new_folder(folder: Path) -> Path:
     made = processor()
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
@@ -98,8 +97,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image_token_index=made.tokenizer.convert_tokens_to_ids("<image>"),
         video_token_index=made.tokenizer.convert_tokens_to_ids("<video>"),
     )
-    model = tiled.loud(LlavaOnevisionForConditionalGeneration(config))
-    return tiled.save(tmp_path_factory.mktemp("llava_onevision"), model, made)
+    return tiled.save(folder, tiled.loud(LlavaOnevisionForConditionalGeneration(config)), made)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return new_folder(tmp_path_factory.mktemp("llava_onevision"))
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,22 @@ from mlalign.images import open_image
 from mlalign.microworld import world
 from mlalign.microworld.model import IMAGE_TOKENS, new_model, new_processor
 from mlalign.microworld.train_base import SceneDialogues
+from mlalign.models._vlm import VLM
+from mlalign.models.llava import Llava
 from mlalign.records import Dialogue, RecordError
 from mlalign.train.sft import SftSettings, train_sft
-from mlalign.train.sft_data import IGNORE, SftCollator, tokenize_dialogue
+from mlalign.train.sft_data import SftCollator, tokenize_dialogue
 
 
 @pytest.fixture(scope="module")
 def processor() -> Any:
     return new_processor()
+
+
+@pytest.fixture(scope="module")
+def vlm(processor: Any) -> VLM:
+    """Not to be trained."""
+    return VLM(new_model(), processor, Llava)
 
 
 def _dialogue(*turns: tuple[str, str]) -> Dialogue:
@@ -33,35 +41,49 @@ def _dialogue(*turns: tuple[str, str]) -> Dialogue:
 TWO_TURNS = _dialogue(("Is there a dog in the image?", "Yes."), ("What color is the dog?", "Red."))
 
 
-def test_only_the_answers_and_their_ends_carry_loss(processor: Any) -> None:
-    ids, supervised = tokenize_dialogue(processor, TWO_TURNS)
-    tokens = processor.tokenizer.convert_ids_to_tokens(ids)
+def test_only_the_answers_and_their_ends_carry_loss(vlm: VLM) -> None:
+    ids, supervised = tokenize_dialogue(vlm, TWO_TURNS)
+    tokens = vlm.tokenizer.convert_ids_to_tokens(ids)
     assert [t for t, s in zip(tokens, supervised, strict=True) if s] == [
         "▁Yes", ".", "</s>", "▁Red", ".", "</s>",
     ]  # fmt: skip
-    batch = SftCollator(processor)([TWO_TURNS, _dialogue(("Is this a park?", "No."))])
-    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [IMAGE_TOKENS] * 2
-    for row in range(2):
-        has = batch["labels"][row] != IGNORE
-        assert torch.equal(batch["labels"][row][has], batch["input_ids"][row][has])
-        assert has.sum() == (6, 3)[row] and not has[batch["attention_mask"][row] == 0].any()
+    batch = SftCollator(vlm)([TWO_TURNS, _dialogue(("Is this a park?", "No."))])["batch"]
+    assert (batch.input_ids_RT == vlm.image_token_id).sum(1).tolist() == [IMAGE_TOKENS] * 2
+    for row, wanted in enumerate(
+        (["▁Yes", ".", "</s>", "▁Red", ".", "</s>"], ["▁No", ".", "</s>"])
+    ):
+        kept = batch.mask_CS[row]
+        assert vlm.tokenizer.convert_ids_to_tokens(batch.target_CS[row][kept].tolist()) == wanted
+        # Each is predicted from the place before its own.
+        after = batch.input_ids_RT[row][batch.source_CS[row][kept] + 1]
+        assert torch.equal(after, batch.target_CS[row][kept])
+    assert len(batch.images["pixel_values"]) == 1 and batch.image_G == (0, 0)
 
 
-def test_tokens_are_those_of_the_stock_processor(processor: Any) -> None:
+def test_tokens_are_those_of_the_stock_processor(vlm: VLM) -> None:
     dialogue = _dialogue(("Is there a dog in the image?", "Yes."))
     content = [{"type": "image"}, {"type": "text", "text": dialogue.turns[0][0]}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes."}]
-    text = processor.apply_chat_template(messages)
+    text = vlm.processor.apply_chat_template(messages)
     image = open_image(dialogue.image, dialogue.id)
-    stock = processor(text=[text], images=[image], return_tensors="pt")
-    ours = SftCollator(processor)([dialogue])
-    assert torch.equal(stock["input_ids"], ours["input_ids"])
-    assert torch.equal(stock["pixel_values"], ours["pixel_values"])
+    stock = vlm.processor(text=[text], images=[image], return_tensors="pt")
+    ours = SftCollator(vlm)([dialogue])["batch"]
+    assert torch.equal(stock["input_ids"], ours.input_ids_RT)
+    assert torch.equal(stock["pixel_values"], ours.images["pixel_values"])
 
 
-def test_too_long_a_dialogue_is_an_error(processor: Any) -> None:
+def test_a_dialogue_that_cannot_be_used_is_an_error(vlm: VLM) -> None:
     with pytest.raises(RecordError, match="max_length 40"):
-        SftCollator(processor, max_length=40)([TWO_TURNS])
+        SftCollator(vlm, max_length=40)([TWO_TURNS])
+    blind = VLM(vlm.model, new_processor(), Llava)
+    blind.processor.chat_template = blind.processor.chat_template.replace("<image>", "")
+    with pytest.raises(RecordError, match=r"'two'.*0 image tokens .* its image takes 36"):
+        SftCollator(blind)([TWO_TURNS])
+    last = VLM(vlm.model, new_processor(), Llava)
+    noted = "{% if messages | length > 2 %}<|system|>{% endif %}"
+    last.processor.chat_template = noted + last.processor.chat_template
+    with pytest.raises(RecordError, match="changes earlier turns at turn 2"):
+        SftCollator(last)([TWO_TURNS])
 
 
 def test_settings_refuse_what_cannot_be() -> None:
@@ -121,7 +143,12 @@ def test_kept_features_give_the_same_loss(tmp_path: Path, processor: Any) -> Non
 
 def test_adapter_sits_in_the_language_model_only(tmp_path: Path, processor: Any) -> None:
     model, log, _ = _train(
-        tmp_path, processor, trainable="lora+projector", dtype="bfloat16", cache_features=True
+        tmp_path,
+        processor,
+        trainable="lora+projector",
+        dtype="bfloat16",
+        cache_features=True,
+        steps=4,
     )
     adapted = {n for n, p in model.named_parameters() if "lora_" in n}
     assert len(adapted) == 4 * 7 * 2 and not any("vision_tower" in n for n in adapted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,23 @@ def test_too_few_pairs_and_none_at_all(tiny_llava: Path, pairs: Path, tmp_path: 
     recipe = _recipe(tiny_llava, pairs, train={"max_length": 30})
     with pytest.raises(DataError, match="no completion token left after max_length"):
         train_arm(recipe, "arm", tmp_path / "run")
+
+
+def test_float16_is_refused_before_the_model_loads(
+    tiny_llava: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlalign.train.preference.load_vlm", lambda *_: pytest.fail("loaded"))
+    recipe = _recipe(tiny_llava, pairs, model={"dtype": "float16"})
+    with pytest.raises(launch.LaunchError, match=r"model\.dtype: float16 .* Train in bfloat16"):
+        train_arm(recipe, "arm", tmp_path / "run")
+
+
+def test_a_prompt_longer_than_the_positions_is_named(tiny_llava: Path, tmp_path: Path) -> None:
+    first, second = make_pairs(2)
+    long = dataclasses.replace(second, prompt="Is there a dog in the image? " * 80)
+    store.write_preferences(tmp_path / "pairs", [first, long], {})
+    recipe = _recipe(tiny_llava, tmp_path / "pairs", train={"batch_size": 2, "micro_batch_size": 2})
+    with pytest.raises(DataError, match="no completion token left after max_length"):
+        train_arm(recipe, "arm", tmp_path / "run")
+    (row,) = (json.loads(line) for line in (tmp_path / "run/events.jsonl").open())
+    assert second.id in row["examples"][0]

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from torch import Tensor
-from trl import DPOConfig
 
 from mlalign import store
 from mlalign.branching.batch import ImageView
@@ -18,51 +16,15 @@ from mlalign.data.collate import Collator, TokenisedPair, tokenise
 from mlalign.data.reader import DataError
 from mlalign.data.views import view_image
 from mlalign.images import open_image, to_png
-from mlalign.models.loading import load_vlm_from, lora_config
+from mlalign.models.loading import load_vlm_from
 from mlalign.objectives.mdpo import Mdpo, MdpoSettings
 from mlalign.objectives.povid import Povid, PovidSettings
 from mlalign.recipe import from_dict
 from mlalign.records import ImageRef, Preference, Segment
-from mlalign.runlog import RunLog
-from mlalign.sections import LoraSection
 from mlalign.train import preference
 from mlalign.train.trainer import PreferenceTrainer
 from tests.train.pairs import make_pairs
-
-
-def made(model: Path, folder: Path, objective: Any, **collator: Any) -> PreferenceTrainer:
-    """A trainer of three pairs with a planted adapter."""
-    vlm = load_vlm_from(model, dtype="float32")
-    pairs, _ = tokenise(vlm, make_pairs(3), None)
-    trainer = PreferenceTrainer(
-        model=vlm.model,
-        vlm=vlm,
-        args=DPOConfig(
-            output_dir=str(folder),
-            per_device_train_batch_size=3,
-            max_length=None,
-            remove_unused_columns=False,
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-        ),
-        data_collator=Collator(vlm, pairs, views=objective.views, seed=4, **collator),
-        train_dataset=Dataset.from_dict({"index": [0, 1, 2], "images": [[], [], []]}),
-        processing_class=vlm.processor,
-        peft_config=lora_config(LoraSection(rank=4), vlm),
-        objective=objective,
-        log=RunLog(folder, enabled=False),
-        arm="arm",
-        checkpoint_facts={},
-    )
-    vlm.model = trainer.accelerator.unwrap_model(trainer.model)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in vlm.model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    vlm.model.train()
-    return trainer
+from tests.train.planted import planted
 
 
 def loss_of(trainer: PreferenceTrainer) -> float:
@@ -110,7 +72,7 @@ def ratios(trainer: PreferenceTrainer, pair: TokenisedPair, ids: list[int], imag
 def test_mdpo_is_four_plain_forwards(
     tiny_llava: Path, tmp_path: Path, collator: dict[str, Any]
 ) -> None:
-    trainer = made(tiny_llava, tmp_path, Mdpo(MdpoSettings(beta=0.3, anchor=0.1)), **collator)
+    trainer = planted(tiny_llava, tmp_path, Mdpo(MdpoSettings(beta=0.3, anchor=0.1)), **collator)
     view: ImageView = trainer.views[0]
     expected, apart = 0.0, 0.0
     for pair in pairs_of(trainer):
@@ -132,7 +94,7 @@ def test_povid_scores_the_noisy_tokens_on_the_true_image(
     tiny_llava: Path, tmp_path: Path, whose: str, form: str
 ) -> None:
     settings = {"beta": 0.3, "form": form, "reference_tokens": whose, "noise_step": 900}
-    trainer = made(tiny_llava, tmp_path, Povid(PovidSettings.model_validate(settings)))
+    trainer = planted(tiny_llava, tmp_path, Povid(PovidSettings.model_validate(settings)))
     expected, different = 0.0, 0
     vlm = trainer.vlm
     for pair in pairs_of(trainer):
