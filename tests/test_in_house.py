@@ -34,7 +34,7 @@ def missing(model: type[BaseModel], raw: dict[str, Any], at: str = "") -> list[s
     for key, field in model.model_fields.items():
         if key not in raw:
             found.append(at + key)
-        elif isinstance(raw[key], dict):
+        elif isinstance(raw[key], dict) and key != "pairs":  # its keys are names of arms
             inner = recipe._section_of(field.annotation)
             if inner is not None:
                 found += missing(inner, raw[key], f"{at}{key}.")
