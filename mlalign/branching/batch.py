@@ -188,10 +188,15 @@ class ProbeReading:
     """Decoder layer from 0, or -1."""
     head: int = -1
     """Attention head from 0, or -1."""
+    neuron: int = -1
+    """Neuron of the layer's MLP (row of W_down) from 0, or -1."""
     group: str = ""
     """Token group ("image", "prompt", "response"), word ("real", "absent") or module name."""
     value: float = float("nan")
     noise: float = float("nan")
     """The same number read from the same model twice (its floor), where that is defined."""
+    lo: float = float("nan")
+    hi: float = float("nan")
+    """95 % bootstrap interval over records, where the value is over the whole set."""
     n: int = 1
     """How many tokens, words or records the value is the mean of."""

@@ -13,21 +13,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from mlalign.branching.batch import PREFIX, PrefixBatch, ProbeReading, TokenLogps
 from mlalign.models._family import ImageInputs
 from mlalign.models._vlm import VLM
+from mlalign.probes._lens import Lens
 from mlalign.probes._records import Mention, ProbeRecord
 
 ATTENTION = "attention"
 """Attention rows that produce the response tokens."""
+PROMPT_ATTENTION = "prompt_attention"
+"""Attention rows of the prefix tokens that follow the image (the question), and of no others."""
 HIDDEN = "hidden"
 """MLP gate, neuron coefficients and block output of every decoder block."""
 BLANK = "blank"
 """Log-probs with the image blanked: pixels of the processor's mean colour."""
 SWAPPED = "swapped"
 """Log-probs with another record's image."""
+NOISED = "noised"
+"""Log-probs with the image under diffusion noise (``branching/views.py``, step 500 of 1000)."""
+KNOCKOUTS = ("knockout.early", "knockout.middle", "knockout.late", "knockout.all")
+"""Log-probs with the image columns hidden from every later row, in a third of the blocks or all."""
+FINAL = "final"
+"""Last hidden states, after the final norm, of the rows that produce response tokens."""
+GRADIENT = "gradient"
+"""Gradient of each completion's summed log-prob with respect to the input embeddings."""
+LENS = "lens"
+"""The final norm and the head, whole on every rank, as ``ProbeBatch.lens``."""
+
+EVERY, RARE = "every", "rare"
+"""Tiers. A probe of ``RARE`` runs in the first pass, the last, and those at checkpoints."""
 
 GROUPS = ("image", "prompt", "response")
 """Token groups of a row."""
@@ -60,6 +77,8 @@ class ProbeBatch:
     rows: PrefixBatch
     image_RT: Tensor
     """bool, on the CPU; image tokens."""
+    lens: Lens | None = None
+    """Where a running probe needs ``LENS``."""
 
     def queries(self, row: int) -> list[Tensor]:
         """For each completion, the positions whose rows produce its tokens (t - 1, not t)."""
@@ -87,11 +106,26 @@ class Watch:
     def attention(self, layer: int, row: int, weights_HQT: Tensor) -> None:
         """Rows of one block and batch row; Q runs over the completions' tokens, in order."""
 
+    def prompt_attention(self, layer: int, row: int, weights_HQT: Tensor) -> None:
+        """Rows of one block and batch row; Q runs over the prefix tokens after the image."""
+
     def hidden(self, layer: int, kind: str, states_RTD: Tensor) -> None:
         """``kind``: "gate" (gate_proj output), "coefficient" (down_proj input), "residual"."""
 
     def logps(self, view: str, logps: TokenLogps) -> None:
-        """``view``: "image", "blank" or "swapped"."""
+        """``view``: "image", or one of the views that the probe needs."""
+
+    def final(self, view: str, states_CSD: Tensor) -> None:
+        """Normed last states at ``rows.source_CS``, meaningless where ``rows.mask_CS`` is False.
+
+        For "image" and for each view that the probe needs; only with the need ``FINAL``.
+        """
+
+    def gradient(self, completion: int, inputs_RTD: Tensor, gradients_RTD: Tensor) -> None:
+        """Input embeddings, and d(sum of the log-probs of every row's completion)/d(them).
+
+        ``completion``: number among ``COMPLETIONS``. Rows do not mix, so each row holds its own.
+        """
 
 
 class Probe:
@@ -104,6 +138,8 @@ class Probe:
     headline: str
     """The side whose means carry no suffix in the metrics: "adapted" or "delta"."""
     needs: frozenset[str] = frozenset()
+    tier: str = EVERY
+    """``EVERY`` or ``RARE``."""
 
     def prepare(self, vlm: VLM) -> None:
         """Called once, before the first pass: refuse here what cannot be probed."""
@@ -129,6 +165,13 @@ class Probe:
     ) -> list[ProbeReading]:
         """Readings of the whole set. ``values``, ``noise``: ``condense`` of every rank in order."""
         raise NotImplementedError
+
+    def remember(self) -> dict[str, np.ndarray]:
+        """What the next pass needs of this one, kept beside the readings for a resumed run."""
+        return {}
+
+    def recall(self, kept: dict[str, np.ndarray]) -> None:
+        """Take back what ``remember`` gave in the last pass before a run was resumed."""
 
     def tables(self) -> dict[str, list[dict[str, Any]]]:
         """Further tables of the last ``readings``, by file name (attention maps)."""
