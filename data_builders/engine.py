@@ -54,13 +54,16 @@ def build(
     desc: str = "",
     about: dict[str, Any] | None = None,
     total: int | None = None,
+    asked: Callable[[], dict[str, Any]] = dict,
 ) -> dict[str, Any]:
     """Write the builder's pairs to ``out_folder`` and return the manifest.
 
     ``about`` names what decides the pairs beside the builder's settings (source, seed, model,
     judge...); it stands in the manifest, and a build that was stopped is only taken up again with
     the same. ``max_skipped``: share of the records read that may be lost to faults of the data;
-    skips that belong to the method (``builder.expected``) are counted beside them.
+    skips that belong to the method (``builder.expected``) are counted beside them. ``asked`` gives
+    what the models asked have cost, for the manifest, when the pairs are written; a build that was
+    taken up again has there what this last part of it asked.
 
     Raises BuildError, leaving ``out_folder`` as it was, where no pair was made, too many records
     were faulty, the disk is full, or ``<out_folder>.partial`` belongs to another build. Whatever
@@ -77,7 +80,7 @@ def build(
         try:
             unsaved = _make(builder, examples, journal, name, total)
             pairs = _kept(builder, journal, name, max_skipped, unsaved, manifest)
-            write_preferences(out, pairs, manifest)
+            write_preferences(out, _then(pairs, lambda: manifest.update(asked())), manifest)
             journal.remove()
         except BaseException as error:
             if isinstance(error, NoPairsError) or not len(journal):
@@ -172,6 +175,12 @@ def _kept(
         "records_per_second": round(tally.read / seconds, 2),
         **builder.report(tally.seen),
     }
+
+
+def _then(pairs: Iterator[Preference], last: Callable[[], None]) -> Iterator[Preference]:
+    """``pairs``, and ``last`` after the last of them."""
+    yield from pairs
+    last()
 
 
 def _check(name: str, tally: Tally, pairs: int, max_skipped: float, folder: Path) -> None:

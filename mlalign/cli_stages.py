@@ -182,6 +182,7 @@ def _build_pairs(recipe: Recipe, run: Path) -> None:
             desc=ref.name,
             about={**about, "examples": limit},
             total=limit,
+            asked=partial(_asked, context),
         )
         skipped = {reason: entry["count"] for reason, entry in manifest["skipped"].items()}
         console.print(
@@ -205,6 +206,15 @@ def _decided_by(recipe: Recipe, source: Any, context: Any) -> dict[str, Any]:
         "model": {**key, "device": context.vlm.device.type},
         "judge": data.judge and data.judge.model_dump(mode="json"),
         "writer": data.writer and data.writer.model_dump(mode="json"),
+    }
+
+
+def _asked(context: Any) -> dict[str, Any]:
+    """What judge and writer say of their requests (counts, tokens, cost), where they say it."""
+    return {
+        key: model.report()
+        for key, model in (("judge_report", context.judge), ("writer_report", context.writer))
+        if hasattr(model, "report")
     }
 
 

@@ -61,7 +61,7 @@ class CocoInstances:
         self.settings = settings
         self.vocabulary = settings.vocabulary
         self._file = Path(settings.instances).expanduser()
-        raw = _read(self._file, ("images", "annotations", "categories"), "data.source.instances")
+        raw = _read(self._file, ("images", "annotations", "categories"), "instances")
         words = vocabulary(settings.vocabulary)
         self._classes = {
             c["id"]: words.canonical(c["name"]) or c["name"] for c in raw["categories"]
@@ -73,7 +73,7 @@ class CocoInstances:
         self._captions: dict[int, list[str]] = defaultdict(list)
         if settings.captions is not None:
             path = Path(settings.captions).expanduser()
-            for row in _read(path, ("annotations",), "data.source.captions")["annotations"]:
+            for row in _read(path, ("annotations",), "captions")["annotations"]:
                 self._captions[row["image_id"]].append(row["caption"])
 
     def examples(

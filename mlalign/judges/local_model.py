@@ -4,7 +4,8 @@ and writes text by greedy decoding or seeded sampling (``mlalign.generate``).
 RLAIF-V's "conquer" step (2405.17220, section 3.2): p_yes is the probability that the first token
 of the answer is one of the spellings of yes, summed over them; p_no likewise. Nothing is sampled.
 All questions of an image branch from one row, so the image is computed once: the shared prefix is
-the chat template up to the first token in which the questions differ.
+the chat template up to the first token in which the questions differ. Where both probabilities
+underflow to 0 the answer is undecided.
 
 It is not a calibrated probability of truth, and it is not asked to explain itself.
 """
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mlalign.branching.logps import next_token_logps
 from mlalign.generate import Decoding, Request, generate
 from mlalign.images import open_image
-from mlalign.judges import Answer, Task, Written
+from mlalign.judges import UNDECIDED, Answer, Task, Written
 from mlalign.judges._parse import EMPTY
 from mlalign.models._family import ImageInputs
 from mlalign.records import Example, ImageRef
@@ -146,7 +147,9 @@ class LocalModel:
         yes, no = self._ids()
         p_yes = logps_CV[:, yes].exp().sum(-1).tolist()
         p_no = logps_CV[:, no].exp().sum(-1).tolist()
-        answers = iter([Answer(y, n) for y, n in zip(p_yes, p_no, strict=True)])
+        # Where both underflow to 0 the model has said neither; 0 against 0 would read as a yes.
+        made = [Answer(y, n) if y or n else UNDECIDED for y, n in zip(p_yes, p_no, strict=True)]
+        answers = iter(made)
         return [[next(answers) for _ in asked] for asked in questions]
 
     def _ids(self) -> tuple[list[int], list[int]]:

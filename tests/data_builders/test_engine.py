@@ -78,6 +78,21 @@ def test_skips_are_counted_by_reason_with_first_ids(tmp_path):
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["pairs"] == 4
 
 
+def test_what_was_asked_stands_in_the_manifest_counted_to_the_last_pair(tmp_path):
+    simple = Simple()
+    manifest = engine.build(
+        simple,
+        scenes(9),
+        out_folder=tmp_path / "out",
+        max_skipped=0,
+        asked=lambda: {"judge_report": {"questions": simple.seen["examples"]}},
+    )
+    # The counter is cleared for each chunk: the last of them had one example.
+    assert manifest["judge_report"] == {"questions": 1}
+    written = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert written["judge_report"] == {"questions": 1}
+
+
 def test_too_many_faults_stop_the_build(tmp_path):
     records = [*scenes(6), *(Skip(id=f"bad{i}", reason="image is truncated") for i in range(4))]
     with pytest.raises(engine.BuildError) as error:

@@ -48,6 +48,18 @@ def test_equals_plain_forward_of_each_question(vlm):
             assert answer.p_no == pytest.approx(float(p[no].sum()), rel=1e-4)
 
 
+def test_neither_answer_at_all_is_undecided(vlm, monkeypatch):
+    from mlalign.judges import local_model
+
+    monkeypatch.setattr(
+        local_model,
+        "next_token_logps",
+        lambda model, rows: torch.full((len(rows.row_C), len(vlm.tokenizer)), -1e4),
+    )
+    (answer,) = judge(vlm).ask(world.example("pairs", 0), QUESTIONS[:1])
+    assert not answer.decided and answer.verdict is None
+
+
 def test_no_question_no_answer(vlm):
     examples = [world.example("pairs", i) for i in range(2)]
     assert judge(vlm).ask_many(examples, [[], QUESTIONS[:1]])[0] == []
