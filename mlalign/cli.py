@@ -15,6 +15,7 @@ from mlalign.cli_bench import bench
 from mlalign.cli_estimate import estimate
 from mlalign.cli_export import export
 from mlalign.cli_iterate import iterate
+from mlalign.cli_probe import end_of, probe
 from mlalign.cli_validate import validate
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app.command()(bench)
 app.command()(estimate)
 app.command()(export)
 app.command()(iterate)
+app.command()(probe)
 app.command()(validate)
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe file (YAML).")]
 Overrides = Annotated[
@@ -37,7 +39,10 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Remove the run folder firs
 
 
 def main() -> None:
-    """Entry point: our own errors end with one message and status 2; others with a traceback."""
+    """Entry point: our own errors end with one message and status 2; others with a traceback.
+
+    Status 3: everything succeeded, but a probe failed while training and was left out.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Notices of a missing kernel and of a missing GPU, once per import, tell a user nothing.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -71,6 +76,7 @@ def run(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = Fals
     if loaded.eval.benchmarks:
         stages.print_summary(folder)
     typer.echo(f"report: {page}")
+    end_of(loaded.arms(), folder)
 
 
 @app.command()
@@ -96,6 +102,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = Fa
         stages.train(loaded, folder)
     for arm in loaded.arms():
         typer.echo(f"{arm}: {stages.adapter_of(folder, arm)}")
+    end_of(loaded.arms(), folder)
 
 
 @app.command("eval")
@@ -110,11 +117,16 @@ def evaluate(folder: RunArgument) -> None:
 
 
 @app.command()
-def report(folder: RunArgument) -> None:
-    """Write report.html of a run folder."""
-    from mlalign import cli_stages as stages
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, runs/<name>.")],
+    out: Annotated[Path | None, typer.Option(help="File; by default RUN/report.html.")] = None,
+) -> None:
+    """Write the report of a run, or one page that sets several runs side by side (with --out)."""
+    from mlalign.report import compare, page
 
-    typer.echo(f"report: {stages.report(folder)}")
+    several = len(folders) > 1
+    written = compare.write(folders, out) if several else page.write(folders[0], out)
+    typer.echo(f"report: {written}")
 
 
 @app.command()

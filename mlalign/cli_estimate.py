@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +37,7 @@ def estimate(
 
 def facts(recipe: Any, prompt: int, completion: int, *, reference_live: bool) -> dict[str, Any]:
     """Everything that the verb prints: bytes, FLOPs, counts, and what was assumed."""
-    from mlalign.estimate import auto, flops, memory
+    from mlalign.estimate import auto, flops, memory, passes
     from mlalign.estimate.geometry import geometry_of
     from mlalign.estimate.plan import plan_of, rows_of
     from mlalign.models.loading import register_towers
@@ -57,6 +58,7 @@ def facts(recipe: Any, prompt: int, completion: int, *, reference_live: bool) ->
     cost = {layout: flops.step(geometry, each) for layout, each in by_layout.items()}
     mine = flops.step(geometry, plan)
     need = memory.estimate(geometry, plan)
+    probed = passes.cost_of(recipe, geometry, rows, mine.total * plan.step_pairs)
     return {
         "model": recipe.model.path,
         "parameters": {
@@ -77,6 +79,7 @@ def facts(recipe: Any, prompt: int, completion: int, *, reference_live: bool) ->
         },
         "flops_per_pair": {part: getattr(mine, part) for part in PARTS},
         "flops_per_step": mine.total * plan.step_pairs,
+        "probes": _probes(recipe, probed) if probed else {},
         "padded_over_shared": {
             "tokens": by_layout["padded"].rows.tokens / by_layout["shared"].rows.tokens,
             "flops": cost["padded"].total / cost["shared"].total,
@@ -85,6 +88,19 @@ def facts(recipe: Any, prompt: int, completion: int, *, reference_live: bool) ->
         "auto_checkpointing": not dropped,
         "free_bytes": free,
         "assumed": _assumed(recipe, plan, geometry, prompt, completion),
+    }
+
+
+def _probes(recipe: Any, cost: Any) -> dict[str, Any]:
+    """FLOPs of a pass by kind, and the shares of the recipe's own cadence."""
+    train, section = recipe.train, recipe.probes
+    steps = train.steps
+    return {
+        "flops": {name: getattr(cost, name) for name in ("common", "rare", "first")},
+        "every": section.every,
+        "share_between": cost.between,
+        "share_of_run": cost.whole(steps, train.save_every) if steps else None,
+        "every_for_2_percent": cost.steps_for(0.02),
     }
 
 
@@ -131,6 +147,8 @@ def _print(found: dict[str, Any]) -> None:
     for part, count in found["flops_per_pair"].items():
         table.add_row(f"TFLOP per pair, {part}", f"{count / 1e12:.4g}")
     table.add_row("TFLOP per step", f"{found['flops_per_step'] / 1e12:.4g}")
+    for name, value in _probe_rows(found["probes"]):
+        table.add_row(name, value)
     for kind, ratio in found["padded_over_shared"].items():
         table.add_row(f"padded / shared, {kind}", f"{ratio:.2f}")
     table.add_section()
@@ -141,6 +159,25 @@ def _print(found: dict[str, Any]) -> None:
     console.print(table)
     for line in found["assumed"]:
         console.print(f"assumed: {line}", highlight=False)
+
+
+def _probe_rows(probes: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is printed of the probe passes."""
+    if not probes:
+        return
+    said = {
+        "common": "between steps",
+        "rare": "of all probes: the last, at checkpoints",
+        "first": "the first, base side included",
+    }
+    for name, count in probes["flops"].items():
+        yield f"TFLOP per probe pass, {said[name]}", f"{count / 1e12:.4g}"
+    if probes["share_between"] is not None:
+        every, share = probes["every"], probes["share_between"]
+        yield f"probes, share of the steps at a pass every {every}", f"{share:.2%}"
+    if probes["share_of_run"] is not None:
+        yield "probes, share of the whole run's steps", f"{probes['share_of_run']:.2%}"
+    yield "probes, steps between passes for 2 %", str(probes["every_for_2_percent"])
 
 
 def _size(count: float) -> str:

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mlalign.cli_probe import end_of
+
 
 def iterate(
     recipe: Annotated[Path, typer.Argument(help="A recipe with one builder (YAML).")],
@@ -33,6 +35,7 @@ def iterate(
             f"{loaded.model.quantize} does not allow. Give model.quantize: none"
         )
     before: Path | None = None
+    runs: list[Path] = []
     for number in range(1, rounds + 1):
         changed: dict[str, Any] = {
             "name": f"{loaded.name}-round{number}",
@@ -44,6 +47,7 @@ def iterate(
         this = loaded.model_copy(update=changed)
         stages.check(this)
         run = runfolder.prepare(this)
+        runs.append(run)
         stages.console.print(f"[bold]round {number} of {rounds}[/bold]: {run}")
         with stages.timed(run, "build"):
             stages.build(this, run)
@@ -55,6 +59,7 @@ def iterate(
             stages.print_summary(run)
         before = _merged(this, run, arm)
     typer.echo(f"the last round's model: {before}")
+    end_of([arm], *runs)
 
 
 def _one_arm(arms: list[str]) -> list[str]:

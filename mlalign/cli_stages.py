@@ -7,6 +7,7 @@ import dataclasses
 import json
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,7 @@ def build(recipe: Recipe, run: Path) -> None:
     if recipe.data.source is not None and recipe.data.builders:
         _build_pairs(recipe, run)
     cli_released.build(recipe, run, console)
+    _prompts(recipe, run)
     for arm in recipe.arms():
         path = recipe.pairs_of(arm, run)
         if not path.exists():
@@ -82,7 +84,7 @@ def train(recipe: Recipe, run: Path) -> None:
     with log.open("w", encoding="utf-8") as handle:
         status = _follow(command, launch.environment(recipe.launch), handle)
     missing = [arm for arm in recipe.arms() if adapter_of(run, arm) is None]
-    if status != 0 or missing:
+    if status not in (0, launch.PROBES_FAILED) or missing:
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-25:])
         raise StageError(
             f"training ended with status {status}; not trained: {', '.join(missing) or 'none'}. "
@@ -254,6 +256,19 @@ def _context(recipe: Recipe, source: Any, context_class: Any) -> Any:
 def _model_of(ref: MethodRef, recipe: Recipe) -> str:
     """The model that a judge or writer asks: its own, or the run's."""
     return str(ref.settings().get("model") or recipe.model.path)
+
+
+def _prompts(recipe: Recipe, run: Path) -> None:
+    """Examples whose prompts the policy is to answer."""
+    folder = run / "data" / recipe.train.algorithm.name
+    if not recipe.data.prompts or (folder / "manifest.json").is_file():
+        return
+    assert recipe.data.source is not None
+    source = source_of(recipe.data.source)
+    examples, skips = _examples(source, "train", recipe.data.prompts, recipe.seed)
+    counts = dict(Counter(skip.reason for skip in skips))
+    store.write_examples(folder, examples, {"skipped": counts})
+    console.print(f"  {folder.name}: {len(examples)} prompts; skipped: {counts or 'none'}")
 
 
 def _hold_out(recipe: Recipe, run: Path) -> None:

@@ -68,18 +68,35 @@ def generate(
     the number of its sequences. Modes and the global random state are left as they were. Raises
     RecordError for an image that cannot be read.
     """
+    sampled = generate_ids(vlm, requests, decoding, batch_size=batch_size, desc=desc)
+    ends = end_ids(vlm)
+    return [[_text(vlm, ids, ends) for ids in each] for each in sampled]
+
+
+def generate_ids(
+    vlm: VLM,
+    requests: Sequence[Request],
+    decoding: Decoding,
+    *,
+    batch_size: int = 32,
+    desc: str = "generating",
+    never: Sequence[int] = (),
+) -> list[list[list[int]]]:
+    """As ``generate``, the token ids as they were sampled: up to and with the end of turn, without
+    it where the text ran into ``max_new_tokens``. ``never``: token ids that no text may hold."""
     if decoding.samples > 1 and decoding.temperature == 0:
         raise ValueError("samples > 1 with temperature 0 draws the same text: set a temperature")
     rows = [(i, sample) for i in range(len(requests)) for sample in range(decoding.samples)]
-    texts: list[list[str]] = [[] for _ in requests]
+    sampled: list[list[list[int]]] = [[] for _ in requests]
     bar = tqdm(total=len(rows), desc=desc, unit="text", disable=len(rows) <= batch_size)
     with bar, undisturbed(vlm):
         for chunk in _chunks(requests, rows, batch_size):
-            answers = _generate_batch(vlm, [(requests[i], n) for i, n in chunk], decoding)
+            picked = [(requests[i], n) for i, n in chunk]
+            answers = _generate_batch(vlm, picked, decoding, never)
             for (i, _), answer in zip(chunk, answers, strict=True):
-                texts[i].append(answer)
+                sampled[i].append(answer)
             bar.update(len(chunk))
-    return texts
+    return sampled
 
 
 def end_ids(vlm: VLM) -> list[int]:
@@ -147,8 +164,13 @@ def _chunks(
             yield kind[start : start + size]
 
 
-def _generate_batch(vlm: VLM, rows: Sequence[tuple[Request, int]], decoding: Decoding) -> list[str]:
-    """One text per (request, sample number); every request has an image, or none has."""
+def _generate_batch(
+    vlm: VLM,
+    rows: Sequence[tuple[Request, int]],
+    decoding: Decoding,
+    never: Sequence[int] = (),
+) -> list[list[int]]:
+    """One completion per (request, sample number); every request has an image, or none has."""
     inputs: dict[ImageRef, ImageInputs] = {}
     for request, _ in rows:
         if request.image is not None and request.image not in inputs:
@@ -181,9 +203,9 @@ def _generate_batch(vlm: VLM, rows: Sequence[tuple[Request, int]], decoding: Dec
             attention_mask=mask.to(vlm.device),
             **pictures,
             logits_processor=processors,
-            generation_config=_plain_config(decoding, ends, vlm.pad_id),
+            generation_config=_plain_config(decoding, ends, vlm.pad_id, never),
         )
-    return [_text(vlm, row, ends) for row in out[:, width:].tolist()]
+    return [_cut(row, ends) for row in out[:, width:].tolist()]
 
 
 def _text_ids(vlm: VLM, request: Request) -> list[int]:
@@ -201,7 +223,9 @@ def _text_ids(vlm: VLM, request: Request) -> list[int]:
     return vlm.family.template_ids(vlm.processor, [message], True, (64, 64))
 
 
-def _plain_config(decoding: Decoding, ends: list[int], pad_id: int) -> GenerationConfig:
+def _plain_config(
+    decoding: Decoding, ends: list[int], pad_id: int, never: Sequence[int]
+) -> GenerationConfig:
     """Greedy and nothing else. What is left unset here, the checkpoint's own config fills in."""
     return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
@@ -214,7 +238,13 @@ def _plain_config(decoding: Decoding, ends: list[int], pad_id: int) -> Generatio
         use_cache=True,
         eos_token_id=ends,
         pad_token_id=pad_id,
+        suppress_tokens=list(never) or None,
     )
+
+
+def _cut(ids: list[int], ends: list[int]) -> list[int]:
+    """Up to and with the first end-of-turn token; what a batch pads with stands behind it."""
+    return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def _text(vlm: VLM, ids: list[int], ends: list[int]) -> str:

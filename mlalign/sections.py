@@ -10,6 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+PROBE_EVERY = 250
+"""Steps between probe passes where a recipe says nothing: at most 2 % of the FLOPs of the steps for
+LLaVA-1.5-7B, 16 records and all probes (``estimate.passes``)."""
+
 
 class Section(BaseModel):
     """Base of every section: frozen, no unknown key."""
@@ -92,6 +96,9 @@ class DataSection(Section):
     """Examples that each builder reads, but for one with an ``examples`` key of its own."""
     builders: tuple[Builder, ...] = ()
     """Builders of data_builders/; each is one arm: its pairs train one adapter."""
+    prompts: int | None = Field(default=None, ge=1)
+    """Examples whose prompts the policy answers while it is trained (grpo, rloo...): one arm, by
+    the algorithm's name."""
     pairs: dict[str, str | Ref] = {}
     """Ready pairs by arm: a Parquet, JSONL or folder with TRL's columns; or a source that reads a
     released preference set, e.g. ``{name: rlhf_v, path: openbmb/RLHF-V-Dataset}``."""
@@ -110,14 +117,20 @@ class DataSection(Section):
     def _one_of(self) -> DataSection:
         if self.builders and self.source is None:
             raise ValueError("data.builders need data.source: name a source or give data.pairs")
+        if self.prompts and self.source is None:
+            raise ValueError("data.prompts need data.source: name a source of images with facts")
         return self
 
 
 class TrainSection(Section):
-    """Preference training."""
+    """Training of one arm."""
 
-    objective: Ref
-    """Objective file of mlalign/objectives with its settings, e.g. {name: dpo, beta: 0.1}."""
+    algorithm: Ref = MethodRef(name="preference")
+    """File of mlalign/train/algorithms with its settings: preference (DPO and its kin, by the
+    objective), reward_model..."""
+    objective: Ref | None = None
+    """Objective file of mlalign/objectives with its settings, e.g. {name: dpo, beta: 0.1}; what
+    the algorithm preference needs."""
     learning_rate: float = Field(gt=0)
     batch_size: int = Field(ge=1)
     """Pairs per optimiser step over all processes."""
@@ -160,8 +173,18 @@ class TrainSection(Section):
     blank_images: bool = False
     """Train on blank images: the control that asks whether the image matters."""
 
+    def preferring(self) -> MethodRef:
+        """The objective. Raises ValueError where none is named."""
+        if self.objective is None:
+            raise ValueError(
+                f"objective: {self.algorithm.name} needs one: {{name: dpo, beta: 0.1}}"
+            )
+        return self.objective
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
+        if self.algorithm.name == "preference":
+            self.preferring()
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
         if self.choose == "best" and not self.heldout:
@@ -172,16 +195,42 @@ class TrainSection(Section):
 
 
 class ProbeSection(Section):
-    """Probes while training."""
+    """Probes while training. When they run is fixed at the start: by steps, or by a share of time
+    that is made into steps once."""
 
     methods: tuple[Ref, ...] = ()
-    every: int = Field(default=0, ge=0)
-    """Steps between passes; 0: only at the start and the end."""
+    every: int | None = Field(default=None, ge=0)
+    """Steps between passes; 0: only at the start and the end. Without this and ``share``:
+    ``PROBE_EVERY``."""
+    share: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the training time that passes may take: one pass and the first steps are timed, and
+    the number of steps between passes follows and stays (e.g. 0.02)."""
+    rare: bool = True
+    """Whether probes of the rare tier run: at the start, at the end, and in the passes that fall on
+    checkpoints."""
+    strict: bool = False
+    """A probe that raises stops the run; else it is left out and the run ends with status 3."""
     records: int = Field(default=16, ge=1)
     """Records of the fixed probe set."""
     source: Ref | None = None
     """Where the probe set's images and facts come from; None: the data source."""
     batch_size: int = Field(default=4, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_cadence(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("every") is None and raw.get("share") is None:
+            return {**raw, "every": PROBE_EVERY}
+        return raw
+
+    @model_validator(mode="after")
+    def _one_cadence(self) -> ProbeSection:
+        if self.every is not None and self.share is not None:
+            raise ValueError(
+                f"every: {self.every} and share: {self.share:g} exclude each other: take one of "
+                "them out (probes.every=null or probes.share=null)"
+            )
+        return self
 
 
 class EvalSection(Section):
@@ -235,9 +284,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _arms(self) -> Recipe:
-        if not self.data.builders and not self.data.pairs:
+        if not self.data.builders and not self.data.pairs and not self.data.prompts:
             raise ValueError(
-                "data: give builders (with a source) or pairs; there is nothing to train on"
+                "data: give builders (with a source), pairs or prompts; there is nothing to "
+                "train on"
             )
         lora = self.model.adapter
         if lora != "none" and lora.dropout > 0 and self.train.layout == "shared":
@@ -270,5 +320,6 @@ class Recipe(Section):
         return Path(named) if isinstance(named, str) else run / "data" / arm
 
     def arms(self) -> list[str]:
-        """Names of what is trained: one adapter per builder or per pairs file."""
-        return [b.name for b in self.data.builders] + list(self.data.pairs)
+        """Names of what is trained: an adapter per builder, per pairs file, and for the prompts."""
+        answering = [self.train.algorithm.name] if self.data.prompts else []
+        return [b.name for b in self.data.builders] + list(self.data.pairs) + answering

@@ -70,7 +70,7 @@ def parse(path: Path) -> Any:
 
 def method_refs(parsed: recipe.Recipe) -> list[tuple[str, recipe.MethodRef]]:
     """(room, reference) of every method that a recipe names."""
-    refs = [("mlalign.objectives", parsed.train.objective)]
+    refs: list[tuple[str, recipe.MethodRef]] = []
     refs += [("data_builders", ref) for ref in parsed.data.builders]
     refs += [("mlalign.probes", ref) for ref in parsed.probes.methods]
     refs += [("mlalign.benchmarks", ref) for ref in parsed.eval.benchmarks]
@@ -80,8 +80,20 @@ def method_refs(parsed: recipe.Recipe) -> list[tuple[str, recipe.MethodRef]]:
     refs += [("data_builders.sources", ref) for ref in released if not isinstance(ref, str)]
     asked = (parsed.data.judge, parsed.data.writer)
     refs += [("mlalign.judges", ref) for ref in asked if ref is not None]
-    refs += [("mlalign.objectives", parsed.train_of(arm).objective) for arm in parsed.arms()]
+    for train in (parsed.train, *(parsed.train_of(arm) for arm in parsed.arms())):
+        refs.append(("mlalign.train.algorithms", train.algorithm))
+        if train.objective is not None:
+            refs.append(("mlalign.objectives", train.objective))
+        rewards = train.algorithm.settings().get("rewards", ())
+        refs += [("mlalign.rewards", _reward(each)) for each in rewards]
     return refs
+
+
+def _reward(raw: Any) -> recipe.MethodRef:
+    """A term of ``rewards`` without its weight."""
+    given = {"name": raw} if isinstance(raw, str) else dict(raw)
+    given.pop("weight", None)
+    return recipe.MethodRef(**given)
 
 
 def test_every_recipe_on_disk_parses() -> None:
@@ -134,8 +146,14 @@ def test_a_preset_holds_the_published_values(preset: str) -> None:
     parsed = recipe.load(FOLDER / f"{preset}.yaml")
     train, adapter = parsed.train, parsed.model.adapter
     length = f"{train.epochs:g} epoch" if train.epochs else f"{train.steps} step"
-    settings = train.objective.settings()
-    held = (train.objective.name, settings["beta"], train.learning_rate, train.batch_size, length)
+    settings = train.preferring().settings()
+    held = (
+        train.preferring().name,
+        settings["beta"],
+        train.learning_rate,
+        train.batch_size,
+        length,
+    )
     held += (train.warmup, train.weight_decay)
     held += (None if adapter == "none" else (adapter.rank, adapter.alpha, adapter.dropout),)
     assert held == PUBLISHED[preset]
@@ -153,7 +171,7 @@ def test_what_was_run_stands_in_the_script_presets() -> None:
     ha_dpo = [of(f"ha_dpo/llava15_7b.{which}") for which in ("paper", "script")]
     saved = [r.model.adapter.modules_to_save for r in ha_dpo if r.model.adapter != "none"]
     assert saved == [(), ("multi_modal_projector",)]
-    povid = [of(f"povid/llava15_7b.{w}").train.objective.settings() for w in ("paper", "script")]
+    povid = [of(f"povid/llava15_7b.{w}").train.preferring().settings() for w in ("paper", "script")]
     assert [(s["form"], s["wrap"], s["reference_tokens"]) for s in povid] == [
         ("one", False, "policy"),
         ("two", True, "own"),
@@ -162,7 +180,9 @@ def test_what_was_run_stands_in_the_script_presets() -> None:
         "pad",
         "crop",
     ]
-    rlhf_v = [of(f"rlhf_v/llava15_7b.{w}").train.objective.settings() for w in ("paper", "script")]
+    rlhf_v = [
+        of(f"rlhf_v/llava15_7b.{w}").train.preferring().settings() for w in ("paper", "script")
+    ]
     assert [(s["gamma"], s["average"]) for s in rlhf_v] == [(5.0, True), (1.1, False)]
     # No checkpoint is chosen on a benchmark that is reported.
     assert [of(f"rlaif_v/llava15_7b.{w}").train.choose for w in ("paper", "script")] == [

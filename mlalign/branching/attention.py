@@ -29,11 +29,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mlalign.branching.knockout import hidden_mask
 from mlalign.branching.layout import visible_rows
 from mlalign.branching.split import NAME, Branches, split_attention
 
 RowSink = Callable[[int, int, Tensor], None]
 """Called with (layer from 0, row of the batch, weights (H, Q, T) float32 without gradient)."""
+
+Wanted = tuple[Sequence[Tensor], RowSink]
+"""Positions, one tensor per row of the batch, and who takes their attention."""
 
 _SCORES = ("softcap", "s_aux", "position_bias")
 _EXTRAS = (*_SCORES, "sliding_window")
@@ -44,10 +48,9 @@ window is no hindrance where it stands in the mask."""
 class _Rows:
     """What ``capture_rows`` wants: of which blocks, at which positions, and who takes it."""
 
-    def __init__(self, layers: Sequence[nn.Module], rows: Sequence[Tensor], sink: RowSink) -> None:
+    def __init__(self, layers: Sequence[nn.Module], wanted: Sequence[Wanted]) -> None:
         self.layer_of = {id(layer.self_attn): number for number, layer in enumerate(layers)}
-        self.rows = [row.cpu() for row in rows]
-        self.sink = sink
+        self.wanted = [([row.cpu() for row in rows], sink) for rows, sink in wanted]
 
     @torch.no_grad()
     def see(
@@ -63,21 +66,22 @@ class _Rows:
         layer = self.layer_of.get(id(module))
         if layer is None:
             return
-        if len(self.rows) != query.shape[0]:
-            raise ValueError(
-                f"capture_rows got positions for {len(self.rows)} rows, the batch has "
-                f"{query.shape[0]}: give one tensor of positions per row"
-            )
-        for number, positions in enumerate(self.rows):
-            index = positions.to(query.device)
-            if branches is not None:
-                mask_rows = visible_rows(branches.batch, number, index)[None]
-            elif mask is not None:
-                mask_rows = mask[number if mask.shape[0] > 1 else 0][:, index]
-            else:
-                mask_rows = None
-            weights_HQT = attention_rows(query[number], key[number], mask_rows, index, scaling)
-            self.sink(layer, number, weights_HQT)
+        for rows, sink in self.wanted:
+            if len(rows) != query.shape[0]:
+                raise ValueError(
+                    f"capture_rows got positions for {len(rows)} rows, the batch has "
+                    f"{query.shape[0]}: give one tensor of positions per row"
+                )
+            for number, positions in enumerate(rows):
+                index = positions.to(query.device)
+                if branches is not None:
+                    mask_rows = visible_rows(branches.batch, number, index)[None]
+                elif mask is not None:
+                    mask_rows = mask[number if len(mask) > 1 else 0][:, index]
+                else:
+                    mask_rows = None
+                weights_HQT = attention_rows(query[number], key[number], mask_rows, index, scaling)
+                sink(layer, number, weights_HQT)
 
 
 _open: _Rows | None = None
@@ -85,18 +89,23 @@ _open: _Rows | None = None
 
 @contextlib.contextmanager
 def capture_rows(
-    layers: Sequence[nn.Module], positions: Sequence[Tensor], sink: RowSink
+    layers: Sequence[nn.Module],
+    positions: Sequence[Tensor],
+    sink: RowSink,
+    also: Sequence[Wanted] = (),
 ) -> Iterator[None]:
     """Hand the attention of chosen query positions to ``sink`` during the forwards inside.
 
     ``layers``: decoder blocks (each with ``self_attn``), numbered as given. ``positions``: int64,
     one tensor per row of the batch. The row that *produces* the token at position t is t - 1.
+    ``also``: further positions for other takers; computed apart, so that what one is given does not
+    depend, by rounding, on what another asks for.
     The model must attend by this function (``using``). Raises RuntimeError where one is open.
     """
     global _open
     if _open is not None:
         raise RuntimeError("capture_rows is already open: forwards do not nest")
-    _open = _Rows(layers, positions, sink)
+    _open = _Rows(layers, [(positions, sink), *also])
     try:
         yield
     finally:
@@ -144,9 +153,12 @@ def attend(
     branches: Branches | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """Attention, as transformers calls it, by either path; and the rows of an open
-    ``capture_rows``. Returns (R, T, H, d)."""
+    """Attention, as transformers calls it, by either path, without what an open ``hide_columns``
+    hides; and the rows of an open ``capture_rows``. Returns (R, T, H, d)."""
     keywords = {**keywords, "dropout": dropout, "scaling": scaling}
+    hidden = hidden_mask(module, query, attention_mask, branches)
+    if hidden is not None:
+        attention_mask, branches = hidden, None
     if branches is None:
         out = sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)[0]
     else:

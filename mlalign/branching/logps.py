@@ -18,14 +18,20 @@ from mlalign.branching.split import Branches, choose
 
 
 def completion_logps(
-    model: nn.Module, batch: PrefixBatch, attention: str = "auto", **forward: Any
+    model: nn.Module,
+    batch: PrefixBatch,
+    attention: str = "auto",
+    *,
+    finite: bool = True,
+    **forward: Any,
 ) -> TokenLogps:
     """Per-token log-probs of every completion of the batch, by one forward pass. Gradients flow.
 
     ``model``: anything whose forward is that of a transformers vision-language model (also wrapped
     by PEFT or a DeepSpeed engine). ``batch``: with ``features`` (``VLM.encode``). ``attention``:
     dense, split or auto (``branching.attention.choose``). ``forward``: further keywords for that
-    forward. Raises FloatingPointError, naming the record ids, where a log-prob is not finite.
+    forward. Raises FloatingPointError, naming the record ids, where a log-prob is not finite, but
+    for ``finite`` False.
     """
     rows_M, sources_M = _real(batch, batch.source_CS)
     target_M = batch.target_CS[batch.mask_CS]
@@ -44,7 +50,8 @@ def completion_logps(
         mean_logit_CS=table[..., 3].detach(),
         edited_CS=batch.edited_CS,
     )
-    _check_finite(out, batch)
+    if finite:
+        _refuse(~torch.isfinite(out.logps_CS).all(-1), batch)
     return out
 
 
@@ -132,10 +139,6 @@ def _real(batch: PrefixBatch, source_CS: Tensor) -> tuple[Tensor, Tensor]:
     """Row and position of every real completion token, completion by completion."""
     rows_CS = batch.row_C[:, None].expand_as(source_CS)
     return rows_CS[batch.mask_CS], source_CS[batch.mask_CS]
-
-
-def _check_finite(out: TokenLogps, batch: PrefixBatch) -> None:
-    _refuse(~torch.isfinite(out.logps_CS).all(-1), batch)
 
 
 def _refuse(bad_C: Tensor, batch: PrefixBatch) -> None:

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from mlalign.branching.batch import ImageView, PrefixBatch
 from mlalign.branching.layout import pack
+from mlalign.data.pictures import Pictures
 from mlalign.data.views import view_image, view_key
 from mlalign.images import image_size, open_image
 from mlalign.models._family import ImageInputs
 from mlalign.models._vlm import VLM
 from mlalign.records import Preference, Skip
-
-CACHED_PIXELS = 256 * 2**20
-"""Bytes of decoded images kept in memory per process."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +134,7 @@ class Collator:
         self.views = tuple(views)
         self.seed = seed
         self._by_id = {p.pair.id: p for p in pairs}
-        self._cache: dict[str, ImageInputs] = {}
-        self._cached_bytes = 0
+        self._pictures = Pictures(vlm, blank=blank)
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, PrefixBatch]:
         """Collate the pairs that the rows' ``index`` names."""
@@ -216,17 +213,7 @@ class Collator:
         return f"{shown} {side}" + (f" {other.sha256()}" if other is not None else "")
 
     def _image(self, pair: Preference) -> ImageInputs:
-        key = pair.image_sha256 or pair.image.sha256()
-        if key not in self._cache:
-            image = self.vlm.image(open_image(pair.image, pair.id))
-            if self.blank:
-                image = self.vlm.blank(image)
-            size = sum(tensor.nbytes for tensor in image.tensors.values())
-            if self._cached_bytes + size > CACHED_PIXELS:
-                return image
-            self._cache[key] = image
-            self._cached_bytes += size
-        return self._cache[key]
+        return self._pictures(pair.image, pair.id, pair.image_sha256)
 
 
 def _padded(weights: Sequence[Sequence[float]], mask_CS: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mlalign.branching.batch import PrefixBatch
 from mlalign.branching.layout import LayoutError, common_prefix, lay_out
 from mlalign.models import _vision
+from mlalign.models._adapters import adapter_in_place
 from mlalign.models._family import ImageInputs, adds_bos
 
 MAX_RETOKENISED = 2
@@ -253,7 +254,7 @@ class VLM:
     def adapter_off(self) -> Any:
         """The base model on the same weights, inside the context."""
         if hasattr(self.model, "get_base_model"):
-            with self.model.disable_adapter():
+            with adapter_in_place(self.model, None):
                 yield
         else:
             yield

@@ -134,12 +134,14 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
     )
     weights = load_peft_weights(str(where), device="cpu")
     outcome = set_peft_model_state_dict(wrapped, weights)
-    missing = [key for key in outcome.missing_keys if ".lora_" in key or ".modules_to_save." in key]
-    if missing or outcome.unexpected_keys:
+    own = (f".{getattr(wrapped.base_model, 'prefix', 'lora_')}", ".modules_to_save.")
+    missing = [key for key in outcome.missing_keys if any(part in key for part in own)]
+    faults = [("missing", missing), ("without a place", list(outcome.unexpected_keys))]
+    named = [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in faults if keys]
+    if named:
         raise ModelError(
-            f"{where}: the adapter does not fit the model: {len(missing)} of its weights are "
-            f"missing and {len(outcome.unexpected_keys)} have no place, e.g. "
-            f"{(missing + list(outcome.unexpected_keys))[0]}. Give the model it was trained on"
+            f"{where}: the adapter does not fit the model; of its weights are "
+            f"{' and '.join(named)}. Give the model it was trained on, or save the adapter again"
         )
     return wrapped
 

@@ -55,9 +55,7 @@ def lens_of(vlm: VLM) -> Lens:
     kept over a training step. Raises ValueError, naming what is missing, for a language model
     without a final norm or a linear head.
     """
-    norm, head = _base(final_norm(vlm)), _base(vlm.core.get_output_embeddings())
-    if not isinstance(head, nn.Linear):
-        raise ValueError(f"lens: the output head is a {type(head).__name__}, not a linear layer")
+    norm, head = refuse_without_lens(vlm)
     parameters = [*norm.parameters(), *head.parameters()]
     sharded = any(hasattr(parameter, "ds_id") for parameter in parameters)
     with gathered(parameters), torch.no_grad():
@@ -69,14 +67,22 @@ def lens_of(vlm: VLM) -> Lens:
         return Lens(norm=_copied(norm), head_VD=weight_VD, bias_V=bias_V)
 
 
-def final_norm(vlm: VLM) -> nn.Module:
+def refuse_without_lens(vlm: VLM) -> tuple[nn.Module, Any]:
+    """The base model's final norm and linear head; raises ValueError as ``lens_of`` does."""
+    norm, head = _base(_final_norm(vlm)), _base(vlm.core.get_output_embeddings())
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"the output head is a {type(head).__name__}, not a linear layer")
+    return norm, head
+
+
+def _final_norm(vlm: VLM) -> nn.Module:
     """The language model's norm after its last block. Raises ValueError where it has none."""
     language = getattr(vlm.core.model, vlm.family.language_model)
     for name in ("norm", "final_layernorm", "ln_f"):
         if hasattr(language, name):
             return getattr(language, name)
     kind = vlm.core.config.get_text_config().model_type
-    raise ValueError(f"lens: {kind} has no final norm that is called norm, beside its layers")
+    raise ValueError(f"{kind} has no final norm that is called norm, beside its layers")
 
 
 def _base(module: Any) -> Any:

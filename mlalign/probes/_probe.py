@@ -31,11 +31,11 @@ HIDDEN = "hidden"
 BLANK = "blank"
 """Log-probs with the image blanked: pixels of the processor's mean colour."""
 SWAPPED = "swapped"
-"""Log-probs with another record's image."""
+"""Log-probs with another record's image; no such view where the set has one image only."""
 NOISED = "noised"
 """Log-probs with the image under diffusion noise (``branching/views.py``, step 500 of 1000)."""
 KNOCKOUTS = ("knockout.early", "knockout.middle", "knockout.late", "knockout.all")
-"""Log-probs with the image columns hidden from every later row, in a third of the blocks or all."""
+"""Log-probs with the image columns hidden from all other rows, in a third of the blocks or all."""
 FINAL = "final"
 """Last hidden states, after the final norm, of the rows that produce response tokens."""
 GRADIENT = "gradient"
@@ -61,29 +61,38 @@ class Item:
     completions: list[list[int]]
     """Token ids in the order of ``COMPLETIONS``, end of turn included."""
     image: ImageInputs
-    swapped: ImageInputs
-    """The record's own image, and the next record's that has another one."""
+    """The record's own image."""
+    swapped: ImageInputs | None = None
+    """The next record's image that is another one; None where there is none, or nobody needs it."""
+    noised: ImageInputs | None = None
+    """The record's image under diffusion noise; None where nobody needs it."""
     mentions: tuple[tuple[Mention, ...], ...]
     """Object words of each completion."""
     boxes: dict[str, Tensor]
     """Object name -> bool (P,): image tokens inside its boxes; only names with a visible box."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ProbeBatch:
-    """Items as rows, on the model's device."""
+    """Items as rows, on the model's device; the pixels of ``rows`` may stay on the CPU."""
 
     items: list[Item]
     rows: PrefixBatch
     image_RT: Tensor
     """bool, on the CPU; image tokens."""
     lens: Lens | None = None
-    """Where a running probe needs ``LENS``."""
+    """Where a running probe needs ``LENS``, and only during a pass: it is as large as the head."""
 
     def queries(self, row: int) -> list[Tensor]:
         """For each completion, the positions whose rows produce its tokens (t - 1, not t)."""
         chosen = (self.rows.row_C == row).nonzero()[:, 0].tolist()
         return [self.rows.source_CS[c][self.rows.mask_CS[c]].cpu() for c in chosen]
+
+    def after_image(self, row: int) -> Tensor:
+        """int64; positions of the prefix tokens after the last image token, in order."""
+        prefix_T = self.rows.segment_RT[row].cpu() == PREFIX
+        later_T = self.image_RT[row].flip(0).cumsum(0).flip(0) == 0
+        return (prefix_T & later_T).nonzero()[:, 0]
 
     def groups(self, row: int) -> dict[str, Tensor]:
         """Positions of the row's image, prompt and response tokens; padding is in none."""
@@ -107,13 +116,13 @@ class Watch:
         """Rows of one block and batch row; Q runs over the completions' tokens, in order."""
 
     def prompt_attention(self, layer: int, row: int, weights_HQT: Tensor) -> None:
-        """Rows of one block and batch row; Q runs over the prefix tokens after the image."""
+        """Rows of one block and batch row; Q runs over ``batch.after_image(row)``."""
 
     def hidden(self, layer: int, kind: str, states_RTD: Tensor) -> None:
         """``kind``: "gate" (gate_proj output), "coefficient" (down_proj input), "residual"."""
 
     def logps(self, view: str, logps: TokenLogps) -> None:
-        """``view``: "image", or one of the views that the probe needs."""
+        """``view``: "image", or one of the views that the probe needs; they may be NaN."""
 
     def final(self, view: str, states_CSD: Tensor) -> None:
         """Normed last states at ``rows.source_CS``, meaningless where ``rows.mask_CS`` is False.
@@ -125,6 +134,7 @@ class Watch:
         """Input embeddings, and d(sum of the log-probs of every row's completion)/d(them).
 
         ``completion``: number among ``COMPLETIONS``. Rows do not mix, so each row holds its own.
+        Image features are in the embeddings; what a family adds to later blocks (deepstack) is not.
         """
 
 
@@ -140,6 +150,9 @@ class Probe:
     needs: frozenset[str] = frozenset()
     tier: str = EVERY
     """``EVERY`` or ``RARE``."""
+    inert: frozenset[str] = frozenset()
+    """Metrics that no activation enters (counts, norms of weights): the pass leaves them as they
+    are where activations are not finite, and makes the others NaN."""
 
     def prepare(self, vlm: VLM) -> None:
         """Called once, before the first pass: refuse here what cannot be probed."""
@@ -179,7 +192,7 @@ class Probe:
 
 
 def means(probes: Sequence[Probe], readings: Sequence[ProbeReading]) -> dict[str, float]:
-    """Scalars for metrics.jsonl: readings over the whole set, all layers and heads.
+    """Scalars for metrics.jsonl: readings over the whole set, all layers, heads and neurons.
 
     Named <prefix>/<metric>, then /<group> where there is one, then /base, /delta or /adapted where
     it is not the probe's headline side. A floor stands beside them as .../noise.
@@ -187,7 +200,7 @@ def means(probes: Sequence[Probe], readings: Sequence[ProbeReading]) -> dict[str
     by_name = {probe.name: probe for probe in probes}
     scalars: dict[str, float] = {}
     for reading in readings:
-        if reading.record or reading.layer >= 0 or reading.head >= 0:
+        if reading.record or max(reading.layer, reading.head, reading.neuron) >= 0:
             continue
         probe = by_name[reading.probe]
         parts = [probe.prefix, reading.metric]

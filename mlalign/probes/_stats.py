@@ -43,8 +43,9 @@ def _centred_gram(x: np.ndarray) -> np.ndarray:
 
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """P(a positive value exceeds a negative one), ties half. NaN where either side is empty."""
-    if not len(positive) or not len(negative):
+    """P(a positive value exceeds a negative one), ties half. NaN where either side is empty, or
+    where a value is not finite: it has no rank."""
+    if not len(positive) or not len(negative) or not np.isfinite([*positive, *negative]).all():
         return float("nan")
     labels = [1] * len(positive) + [0] * len(negative)
     return float(roc_auc_score(labels, [*positive, *negative]))
@@ -58,30 +59,56 @@ def interval(
     A record with several words is drawn whole, so words of one image do not count as independent.
     NaN where nothing was counted.
     """
-    kept = [(s, c) for s, c in zip(sums, counts, strict=True) if c > 0]
-    if not kept:
-        return float("nan"), float("nan")
-    values = np.asarray(kept, dtype=np.float64)
-    draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
-    drawn = values[draws].sum(1)
-    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
-    return float(low), float(high)
+    low, high = intervals(np.reshape(sums, (-1, 1)), np.asarray(counts), resamples, seed)
+    return float(low[0]), float(high[0])
+
+
+def intervals(
+    sums_NX: np.ndarray, counts_N: np.ndarray, resamples: int = 1000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """``interval`` of many numbers (X) at once, the same records drawn for all: ends (X), (X)."""
+    kept_N = np.asarray(counts_N) > 0
+    if not kept_N.any():
+        nothing = np.full(np.shape(sums_NX)[1], np.nan)
+        return nothing, nothing
+    values_BX = resampled(sums_NX[kept_N], np.asarray(counts_N)[kept_N, None], resamples, seed)
+    low_X, high_X = np.percentile(values_BX, [2.5, 97.5], axis=0)
+    return low_X, high_X
+
+
+def resampled(
+    sums_NX: np.ndarray, counts_NX: np.ndarray, resamples: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """(resamples, X): sum(sums) / sum(counts) over records that are drawn with replacement, the
+    same for all X. NaN where nothing was counted."""
+    records = len(sums_NX)
+    drawn_BN = np.random.default_rng(seed).integers(0, records, (resamples, records))
+    # How often each record was drawn; the sum over a sample is then a product.
+    times_BN = np.zeros((resamples, records))
+    np.add.at(times_BN, (np.arange(resamples)[:, None], drawn_BN), 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (times_BN @ np.float64(sums_NX)) / (times_BN @ np.float64(counts_NX))
 
 
 def update_spectrum(lora_b: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
     """Singular values of ``scaling * B @ A``, without forming it. float64, descending.
 
     ``lora_b``: (out, r); ``lora_a``: (r, in). QR of both leaves an r x r matrix:
-    B A = Q_b (R_b R_a^T) Q_a^T.
+    B A = Q_b (R_b R_a^T) Q_a^T. NaN where a weight is not finite.
     """
     _, upper_b = torch.linalg.qr(lora_b.detach().double(), mode="r")
     _, upper_a = torch.linalg.qr(lora_a.detach().double().T, mode="r")
-    return torch.linalg.svdvals(upper_b @ upper_a.T) * abs(scaling)
+    product = upper_b @ upper_a.T
+    if not torch.isfinite(product).all():
+        return torch.full((min(product.shape),), float("nan"), dtype=torch.float64)
+    return torch.linalg.svdvals(product) * abs(scaling)
 
 
 def effective_rank(singular: Tensor) -> float:
-    """exp(entropy of the singular values as a distribution); 0 for a zero matrix."""
+    """exp(entropy of the singular values as a distribution); 0 for a zero matrix, NaN for NaN."""
     total = singular.sum()
+    if not torch.isfinite(total):
+        return float("nan")
     if total <= 0:
         return 0.0
     p = singular / total

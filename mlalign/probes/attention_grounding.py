@@ -16,7 +16,7 @@ Means over rows: "response" is every token of the own, chosen and rejected answe
 "absent" are the tokens of object words that the facts affirm or not. Boxes are read at real words
 whose object has a box that the tower sees. ``real_vs_absent_auroc`` is that of image_mass: P(a
 real word has more than an absent one). Readings: per record (mean over heads), and over the set
-per head; layer -1 is the mean over layers. ``_lo`` and ``_hi`` are 95 % intervals over records.
+per head, with 95 % intervals over records; layer -1 is the mean over layers.
 
 The side "delta" is adapted minus base; its noise is the mean absolute difference between two runs
 of the same model. Not an explanation: attention can move without effect on the answer, so read it
@@ -38,20 +38,16 @@ from torch import Tensor
 from mlalign.branching.attention import refuse
 from mlalign.branching.batch import ProbeReading
 from mlalign.models._vlm import VLM
+from mlalign.probes._grounding_sums import (
+    BOX_METRICS,
+    ROW_METRICS,
+    over_set,
+    per_record,
+    totals,
+)
 from mlalign.probes._probe import ATTENTION, Item, Probe, ProbeBatch, Watch
 from mlalign.probes._records import COMPLETIONS, Mention
-from mlalign.probes._stats import auroc, interval
-
-ROW_METRICS = (
-    "image_mass",
-    "image_mass_no_first",
-    "entropy",
-    "row_entropy",
-    "sink_first",
-    "sink_image",
-)
-BOX_METRICS = ("box_share", "box_lift")
-WORD_GROUPS = ("real", "absent")
+from mlalign.probes._summaries import separation
 
 
 class Settings(BaseModel):
@@ -152,6 +148,7 @@ class AttentionGrounding(Probe):
     prefix = "grounding"
     headline = "adapted"
     needs = frozenset({ATTENTION})
+    inert = frozenset({"words_real", "words_absent", "words_real_without_box"})
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
@@ -187,7 +184,7 @@ class AttentionGrounding(Probe):
         """Per record and layer; over the set per layer and head, and over all of them."""
         records = [value for rank in values for value in rank]
         repeats = [value for rank in noise for value in rank]
-        table, floor = _totals(records), _totals(repeats)
+        table, floor = totals(records), totals(repeats)
         self._maps = self._map_rows(records)
         made: list[ProbeReading] = []
         for (metric, group), cell in table.items():
@@ -199,10 +196,10 @@ class AttentionGrounding(Probe):
             ):
                 fixed = {"step": step, "probe": self.name, "side": side, "group": group}
                 noise_LH = floor[metric, group].floor() if side == "delta" else None
-                made += _over_set(fixed, metric, sums_NLH, cell.counts, noise_LH)
+                made += over_set(fixed, metric, sums_NLH, cell.counts, noise_LH)
                 if side != "delta":
                     ids = [record["id"] for record in records]
-                    made += _per_record(fixed, metric, ids, sums_NLH, cell.counts)
+                    made += per_record(fixed, metric, ids, sums_NLH, cell.counts)
         return made + self._separation(step, records) + self._word_counts(step, records)
 
     def tables(self) -> dict[str, list[dict[str, Any]]]:
@@ -213,17 +210,20 @@ class AttentionGrounding(Probe):
         """AUROC of image mass, real against absent words, by layer and over the layers' mean."""
         made = []
         for side in ("base", "adapted"):
+            # By kind, then record by record: (words, layers), mean over heads.
             pools: dict[bool, list[np.ndarray]] = {True: [], False: []}
             for record in records:
                 mass_WL = np.stack(record[side].words, 1)[:, :, 0].mean(-1)
-                for (_, mention, _), mass_L in zip(record["words"], mass_WL, strict=True):
-                    pools[mention.real].append(mass_L)
+                real_W = np.array([mention.real for _, mention, _ in record["words"]], dtype=bool)
+                for kind, pool in pools.items():
+                    pool.append(mass_WL[real_W == kind])
             layers = len(records[0][side].response)
             for layer in range(-1, layers):
                 each = [
-                    [float(m.mean() if layer < 0 else m[layer]) for m in pools[real]]
-                    for real in (True, False)
+                    [(w.mean(1) if layer < 0 else w[:, layer]).tolist() for w in pools[kind]]
+                    for kind in (True, False)
                 ]
+                value, low, high = separation(*each)
                 made.append(
                     ProbeReading(
                         step=step,
@@ -232,8 +232,10 @@ class AttentionGrounding(Probe):
                         side=side,
                         record="",
                         layer=layer,
-                        value=auroc(*each),
-                        n=len(each[0]) + len(each[1]),
+                        value=value,
+                        lo=low,
+                        hi=high,
+                        n=sum(len(words) for kind in each for words in kind),
                     )
                 )
         return made
@@ -283,118 +285,6 @@ class AttentionGrounding(Probe):
             if self.settings.maps_by_layer
             else tables
         )
-
-
-@dataclass
-class _Totals:
-    """Sums over a record's tokens or words of one metric, (N, L, H), and how many they are."""
-
-    base: np.ndarray
-    adapted: np.ndarray
-    counts: np.ndarray
-
-    def difference(self) -> np.ndarray:
-        """Adapted minus base."""
-        return self.adapted - self.base
-
-    def floor(self) -> np.ndarray:
-        """(L, H): mean absolute difference of the two sides; NaN where nothing was counted."""
-        total = self.counts.sum()
-        sums_LH = np.abs(self.difference()).sum(0)
-        return sums_LH / total if total else np.full_like(sums_LH, np.nan)
-
-
-def _totals(records: list[Any]) -> dict[tuple[str, str], _Totals]:
-    """(metric, group) -> sums of both sides."""
-    table = {}
-    for number, metric in enumerate((*ROW_METRICS, *BOX_METRICS)):
-        groups = WORD_GROUPS if metric in ROW_METRICS else ("real",)
-        for group in groups:
-            picked = [_picked(record, metric, group) for record in records]
-            sums = {
-                side: np.stack(
-                    [
-                        # (W, L, M, H) -> (L, H): the picked words of the record
-                        np.stack(record[side].words, 1)[pick, :, number].sum(0)
-                        for record, pick in zip(records, picked, strict=True)
-                    ]
-                )
-                for side in ("base", "adapted")
-            }
-            table[metric, group] = _Totals(**sums, counts=np.array([len(p) for p in picked]))
-        if metric in ROW_METRICS:
-            counts = np.array([record["adapted"].tokens for record in records])
-            sums = {
-                side: np.stack([np.stack(r[side].response)[:, number] for r in records])
-                * counts[:, None, None]
-                for side in ("base", "adapted")
-            }
-            table[metric, "response"] = _Totals(**sums, counts=counts)
-    return table
-
-
-def _picked(record: Any, metric: str, group: str) -> list[int]:
-    """Numbers of the record's words that count for a metric and group."""
-    return [
-        number
-        for number, (_, mention, box) in enumerate(record["words"])
-        if mention.real == (group == "real") and (box or metric in ROW_METRICS)
-    ]
-
-
-def _over_set(
-    fixed: dict[str, Any],
-    metric: str,
-    sums_NLH: np.ndarray,
-    counts: np.ndarray,
-    noise_LH: np.ndarray | None,
-) -> list[ProbeReading]:
-    total = int(counts.sum())
-    if not total:
-        return [ProbeReading(metric=metric, record="", n=0, **fixed)]
-    means_LH = sums_NLH.sum(0) / total
-    noise_LH = np.full(means_LH.shape, np.nan) if noise_LH is None else noise_LH
-    made = [
-        ProbeReading(
-            metric=metric,
-            record="",
-            layer=layer,
-            head=head,
-            value=float(means_LH[layer, head]),
-            noise=float(noise_LH[layer, head]),
-            n=total,
-            **fixed,
-        )
-        for layer, head in np.ndindex(means_LH.shape)
-    ]
-    low, high = interval(sums_NLH.mean((1, 2)).tolist(), counts.tolist())
-    noise = float(noise_LH.mean())
-    whole = (("", float(means_LH.mean()), noise), ("_lo", low, np.nan), ("_hi", high, np.nan))
-    return made + [
-        ProbeReading(metric=metric + end, record="", value=value, noise=floor, n=total, **fixed)
-        for end, value, floor in whole
-    ]
-
-
-def _per_record(
-    fixed: dict[str, Any], metric: str, ids: list[str], sums_NLH: np.ndarray, counts: np.ndarray
-) -> list[ProbeReading]:
-    made = []
-    for record, sums_LH, count in zip(ids, sums_NLH, counts.tolist(), strict=True):
-        if count:
-            by_layer = sums_LH.mean(-1) / count
-            for layer, value in ((-1, by_layer.mean()), *enumerate(by_layer)):
-                made.append(
-                    ProbeReading(
-                        metric=metric,
-                        record=record,
-                        layer=layer,
-                        value=float(value),
-                        n=count,
-                        **fixed,
-                    )
-                )
-    return made
 
 
 METHOD = AttentionGrounding

@@ -13,8 +13,9 @@ themselves, where a pair's margin is log pi(chosen) - log pi(rejected); "delta" 
 base, where the margin is the implicit reward's of DPO without its beta. A margin of exactly zero
 has no sign and is left out (all are, before the first step, on side "delta"); ``n`` says how many
 pairs remain. ``kept`` near 1 on side "delta" is the unconditional preference of mDPO (arXiv
-2406.11839): what was learned does not look. Means over records, ``_lo`` and ``_hi`` their 95 %
-intervals; the noise is the mean absolute difference between two runs of the same model.
+2406.11839): what was learned does not look. Means over records, with 95 % intervals over them; the
+noise is the mean absolute difference between two runs of the same model (of a share: the difference
+of the two). Where the set has one image only there is nothing to swap, and no reading of it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class _Reliance(Watch):
     def logps(self, view: str, logps: TokenLogps) -> None:
         """Keep the sum over tokens of every completion."""
         shape = (len(self.batch.items), len(COMPLETIONS))
-        self.sums[view] = logps.sum_C().double().cpu().numpy().reshape(shape)
+        # Differences of sums are read: in float32 a sum of 200 nats is rounded to 1e-5.
+        sums_C = (logps.logps_CS.double() * logps.mask_CS).sum(-1)
+        self.sums[view] = sums_C.cpu().numpy().reshape(shape)
         self.lengths = logps.lengths_C().cpu().numpy().reshape(shape)
 
     def of(self, index: int) -> dict[str, np.ndarray]:
@@ -98,14 +101,19 @@ class ImageReliance(Probe):
         made: list[ProbeReading] = []
         for side in ("base", "adapted", "delta"):
             fixed = {"step": step, "probe": self.name, "side": side}
-            for view in VIEWS:
+            for view in _views(records):
                 for end, divide in (("", False), ("_per_token", True)):
                     gaps_NK = _gaps(records, side, view, divide)
                     floor_K = np.abs(_gaps(repeats, "delta", view, divide)).mean(0)
                     ids = [record["id"] for record in records]
                     made += _reliance(fixed, view + end, ids, gaps_NK, floor_K)
-            made += _preferences(fixed, records)
+            made += _preferences(fixed, records, repeats)
         return made
+
+
+def _views(records: list[Any]) -> list[str]:
+    """The views without the image that were run."""
+    return [view for view in VIEWS if view in records[0]["adapted"]]
 
 
 def _with_delta(value: dict[str, Any]) -> dict[str, Any]:
@@ -129,20 +137,7 @@ def _reliance(
     made = []
     for k, group in enumerate(COMPLETIONS):
         gaps = gaps_NK[:, k]
-        low, high = interval(gaps.tolist(), [1] * len(gaps))
-        whole = (("", gaps.mean(), floor_K[k]), ("_lo", low, np.nan), ("_hi", high, np.nan))
-        for end, value, noise in whole:
-            made.append(
-                ProbeReading(
-                    metric=metric + end,
-                    record="",
-                    group=group,
-                    value=float(value),
-                    noise=float(noise),
-                    n=len(gaps),
-                    **fixed,
-                )
-            )
+        made.append(_mean(fixed, metric, gaps, float(floor_K[k]), group))
         made += [
             ProbeReading(metric=metric, record=record, group=group, value=float(gap), **fixed)
             for record, gap in zip(ids, gaps, strict=True)
@@ -150,38 +145,65 @@ def _reliance(
     return made
 
 
-def _preferences(fixed: dict[str, Any], records: list[Any]) -> list[ProbeReading]:
+def _mean(
+    fixed: dict[str, Any], metric: str, each: np.ndarray, noise: float, group: str = ""
+) -> ProbeReading:
+    """The mean over records with its interval; NaN over none."""
+    low, high = interval(each.astype(float).tolist(), [1] * len(each))
+    return ProbeReading(
+        metric=metric,
+        record="",
+        group=group,
+        value=float(each.mean()) if len(each) else math.nan,
+        noise=noise,
+        lo=low,
+        hi=high,
+        n=len(each),
+        **fixed,
+    )
+
+
+def _preferences(
+    fixed: dict[str, Any], records: list[Any], repeats: list[Any]
+) -> list[ProbeReading]:
     """Margins of every pair and view, and the shares of pairs that keep their sign."""
-    margins = {
-        view: np.array(
-            [r[fixed["side"]][view][CHOSEN] - r[fixed["side"]][view][REJECTED] for r in records]
-        )
-        for view in ("image", *VIEWS)
-    }
+    margins = _margins(records, fixed["side"])
+    once, again = (_margins(repeats, side) for side in ("base", "adapted"))
     made = [
         ProbeReading(metric=f"margin_{view}", record=record["id"], value=float(margin), **fixed)
         for view, each in margins.items()
         for record, margin in zip(records, each, strict=True)
     ]
-    made += [
-        ProbeReading(
-            metric=f"margin_{view}", record="", value=float(each.mean()), n=len(each), **fixed
-        )
-        for view, each in margins.items()
-    ]
+    for view, each in margins.items():
+        floor = float(np.abs(again[view] - once[view]).mean())
+        made.append(_mean(fixed, f"margin_{view}", each, floor))
+    floors = [_shares(once), _shares(again)]
+    for metric, each in _shares(margins).items():
+        one, other = (kept[metric] for kept in floors)
+        # The sign of a difference of two runs of one model means nothing: no floor for "delta".
+        known = fixed["side"] != "delta" and len(one) and len(other)
+        floor = abs(float(one.mean() - other.mean())) if known else math.nan
+        made.append(_mean(fixed, metric, each, floor))
+    return made
+
+
+def _margins(records: list[Any], side: str) -> dict[str, np.ndarray]:
+    """View -> log pi(chosen) - log pi(rejected) of every record."""
+    return {
+        view: np.array([r[side][view][CHOSEN] - r[side][view][REJECTED] for r in records])
+        for view in ("image", *_views(records))
+    }
+
+
+def _shares(margins: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Metric -> for each pair that has a sign, whether it counts."""
     signed = margins["image"] != 0
     shares = {"preferred": (margins["image"] > 0)[signed]}
-    for view in VIEWS:
-        both = signed & (margins[view] != 0)
-        shares[f"kept_{view}"] = (np.sign(margins["image"]) == np.sign(margins[view]))[both]
-    for metric, each in shares.items():
-        low, high = interval(each.astype(float).tolist(), [1] * len(each))
-        value = float(each.mean()) if len(each) else math.nan
-        for end, number in (("", value), ("_lo", low), ("_hi", high)):
-            made.append(
-                ProbeReading(metric=metric + end, record="", value=number, n=len(each), **fixed)
-            )
-    return made
+    for view, each in margins.items():
+        if view != "image":
+            both = signed & (each != 0)
+            shares[f"kept_{view}"] = (np.sign(margins["image"]) == np.sign(each))[both]
+    return shares
 
 
 METHOD = ImageReliance

@@ -15,7 +15,8 @@ its activation, h the block's output, subscript 0 the base, t the adapted model:
 Definitions: offset, Lee et al. arXiv 2401.01967; firing, MMNeuron arXiv 2406.11193; effective rank,
 Roy and Vetterli 2007. Sums run over tokens of all records; per-record values use its own tokens.
 CKA takes evenly spaced tokens of each record, since its cost is their number squared. Everything
-is on side "delta". The noise is the same statistic between two runs of the same model; LoRA
+is on side "delta". rms has a 95 % interval over records; the others are not ratios of what records
+add up, and have none. The noise is the same statistic between two runs of the same model; LoRA
 numbers are read off the weights and have none (0). Padding is in no group. Without a LoRA adapter
 there are no lora_* readings. Not a list of responsible neurons: what alignment changes is spread
 widely (arXiv 2411.06424).
@@ -23,13 +24,11 @@ widely (arXiv 2411.06424).
 
 from __future__ import annotations
 
-import contextlib
 import re
 from typing import Any
 
 import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -37,7 +36,14 @@ from torch import Tensor, nn
 from mlalign.branching.batch import ProbeReading
 from mlalign.models._vlm import VLM
 from mlalign.probes._probe import GROUPS, HIDDEN, Probe, ProbeBatch, Watch
-from mlalign.probes._stats import debiased_cka, effective_rank, relative, update_spectrum
+from mlalign.probes._stats import (
+    debiased_cka,
+    effective_rank,
+    relative,
+    resampled,
+    update_spectrum,
+)
+from mlalign.probes._weights import gathered, lora_modules
 
 TOKEN_METRICS = ("rms", "offset", "offset_coherence", "firing_rate_change")
 
@@ -77,6 +83,7 @@ class NeuronDrift(Probe):
     prefix = "drift"
     headline = "delta"
     needs = frozenset({HIDDEN})
+    inert = frozenset({"lora_norm", "lora_effective_rank"})
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
@@ -160,6 +167,10 @@ class NeuronDrift(Probe):
                 "metrics": {
                     key: (_metrics(sums), sums["tokens"]) for key, sums in value["sums"].items()
                 },
+                "squares": {
+                    key: (sums["square_moved"], sums["square_base"])
+                    for key, sums in value["sums"].items()
+                },
                 "states": {key: sums["states"] for key, sums in value["sums"].items()},
             }
             for value in values
@@ -177,10 +188,10 @@ class NeuronDrift(Probe):
         lora_a, lora_b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         if name not in self._norms:
             base = module.get_base_layer()
-            with _gathered([base.weight]):
+            with gathered([base.weight]):
                 weight = dequantize_module_weight(base)
                 self._norms[name] = float(weight.detach().float().norm())
-        with _gathered([lora_a, lora_b]):
+        with gathered([lora_a, lora_b]):
             singular = update_spectrum(lora_b, lora_a, float(module.scaling[adapter]))
         norm = relative(float(singular.norm()), self._norms[name])
         return norm, effective_rank(singular)
@@ -201,6 +212,7 @@ class NeuronDrift(Probe):
                 each = [whole[layer, group][metric] for layer in layers]
                 floors = [floor[layer, group][metric] for layer in layers]
                 tokens = int(whole[0, group]["tokens"])
+                ends_2X = _ends(records, layers, group) if metric == "rms" else _no_ends(layers)
                 rows = [
                     (-1, np.mean(each), np.mean(floors)),
                     *zip(layers, each, floors, strict=True),
@@ -212,33 +224,15 @@ class NeuronDrift(Probe):
                         layer=layer,
                         group=group,
                         value=float(value),
-                        noise=float(low),
+                        noise=float(floor_here),
+                        lo=float(low),
+                        hi=float(high),
                         n=tokens,
                         **fixed,
                     )
-                    for layer, value, low in rows
+                    for (layer, value, floor_here), low, high in zip(rows, *ends_2X, strict=True)
                 ]
         return made + _per_record(fixed, records) + _lora_readings(fixed, weights)
-
-
-def lora_modules(model: nn.Module) -> list[tuple[str, Any, str]]:
-    """(name, module, active adapter) of every linear that carries a LoRA update."""
-    return [
-        (name.removeprefix("base_model.model."), module, adapter)
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        for adapter in module.active_adapters
-        if adapter in module.lora_A
-    ]
-
-
-def _gathered(parameters: list[Tensor]) -> Any:
-    """Whole weights inside the context: under ZeRO-3 each rank holds a part of them."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters)
 
 
 def _added(
@@ -282,6 +276,20 @@ def _of_set(
         cka = debiased_cka(base, adapted)
         out[key] = {**_metrics(values), "cka": cka, "tokens": values["tokens"]}
     return out
+
+
+def _ends(records: list[Any], layers: list[int], group: str) -> np.ndarray:
+    """(2, 1 + layers): ends of the interval of rms; of the layers' mean, then of each layer."""
+    moved_NL, base_NL = (
+        np.array([[record["squares"][layer, group][i] for layer in layers] for record in records])
+        for i in (0, 1)
+    )
+    rms_BL = np.sqrt(resampled(moved_NL, base_NL))
+    return np.percentile(np.c_[rms_BL.mean(1), rms_BL], [2.5, 97.5], axis=0)
+
+
+def _no_ends(layers: list[int]) -> np.ndarray:
+    return np.full((2, 1 + len(layers)), np.nan)
 
 
 def _per_record(fixed: dict[str, Any], records: list[Any]) -> list[ProbeReading]:

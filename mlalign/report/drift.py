@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from mlalign.report import figures as fg
 from mlalign.report import readings as rd
+from mlalign.report import series
 from mlalign.report.folder import Run
 from mlalign.report.metrics import is_number
 from mlalign.report.section import Group, Section, panels
@@ -34,31 +35,35 @@ NOTE = (
 
 
 def section(run: Run, figures: fg.Figures) -> Section:
-    """One tab per arm: lines by layer and token group, drift over the steps, the LoRA update."""
-    rows = run.probe(PROBE, record="")
+    """Layers over the steps, every number, and per arm the last pass by layer and by module."""
+    html = series.layers(run, figures, PROBE, "Layers over the steps")
+    numbers = series.block(run, figures, PROBE)
+    if numbers:
+        html += Markup("<h3>Over all layers</h3>") + numbers
     groups = [
-        Group(name=arm, html=_arm(figures, [r for r in rows if r["arm"] == arm]))
+        Group(name=arm, html=_arm(figures, passes[-1].rows(record="")))
         for arm in run.arms
-        if any(r["arm"] == arm for r in rows)
+        if (passes := [t for t in run.reading_tables if (t.arm, t.probe) == (arm, PROBE)])
     ]
+    shown = bool(html or groups)
     return Section(
         id="drift",
         title="Drift by layer",
-        note=NOTE if groups else "",
+        note=NOTE if shown else "",
+        html=html,
         groups=tuple(groups),
-        empty="" if groups else f"no probes were logged: {PROBE} did not run",
+        empty="" if shown else f"no probes were logged: {PROBE} did not run",
     )
 
 
-def _arm(figures: fg.Figures, rows: list[rd.Row]) -> Markup:
-    step = max(r["step"] for r in rows)
-    last = [r for r in rows if r["step"] == step]
+def _arm(figures: fg.Figures, last: list[rd.Row]) -> Markup:
     lines = [(_lines(last, metric, unit), title) for metric, title, unit in PANELS]
-    lines.append((_over_steps(rows), "Neurons moved over training, mean over layers"))
-    maps = [(_modules(last, metric, unit), f"{title} ({unit})") for metric, title, unit in WEIGHTS]
-    html = Markup('<p class="note">After {} steps.</p>').format(step)
+    drawn = [(_modules(last, metric, unit), f"{title} ({unit})") for metric, title, unit in WEIGHTS]
+    html = Markup("")
+    for row in last[:1]:
+        html += Markup("<h3>By layer after {} steps</h3>").format(row["step"])
     html += panels(figures, [(f, t) for f, t in lines if f.data], three=True)
-    return html + panels(figures, [(f, t) for f, t in maps if f.data])
+    return html + panels(figures, [(f, t) for f, t in drawn if f.data])
 
 
 def _lines(rows: list[rd.Row], metric: str, unit: str) -> go.Figure:
@@ -103,26 +108,6 @@ def _lines(rows: list[rd.Row], metric: str, unit: str) -> go.Figure:
     return fig
 
 
-def _over_steps(rows: list[rd.Row]) -> go.Figure:
-    traces = []
-    for i, group in enumerate(TOKEN_GROUPS):
-        found = rd.points(rows, "rms", group=group, side="delta")
-        if found:
-            traces.append(
-                go.Scatter(
-                    x=[p.step for p in found],
-                    y=[p.value for p in found],
-                    text=[p.text for p in found],
-                    mode="lines+markers",
-                    name=f"{group} tokens",
-                    line=fg.line(i, dash="solid"),
-                    marker={"symbol": fg.SYMBOLS[i], "size": 7},
-                    hovertemplate=f"{group} tokens, step %{{x}}<br>%{{text}}<extra></extra>",
-                )
-            )
-    return fg.figure(traces, x="optimiser step", y="relative RMS change")
-
-
 def _modules(rows: list[rd.Row], metric: str, unit: str) -> go.Figure:
     """Layer by module; a module outside the layers is not drawn (its reading stays in the file)."""
     found = [r for r in rd.select(rows, metric=metric) if r["layer"] >= 0 and r["group"]]
@@ -145,6 +130,6 @@ def _modules(rows: list[rd.Row], metric: str, unit: str) -> go.Figure:
     )
     height = 120 + 20 * len(modules)
     fig = fg.figure([trace], x="layer", y="", legend=False, height=height)
-    fig.update_xaxes(showgrid=False, dtick=max(1, math.ceil(layers / 16)))
+    fig.update_xaxes(showgrid=False, dtick=max(1, math.ceil(layers / 8)))
     fig.update_yaxes(showgrid=False, autorange="reversed", title=None)
     return fig

@@ -27,6 +27,7 @@ DIVERGING = (
 )
 """Blue below zero, red above."""
 HEIGHT = 290
+FONT = "system-ui, -apple-system, Segoe UI, sans-serif"
 
 
 def colour(index: int) -> str:
@@ -42,7 +43,26 @@ def faint(index: int, alpha: float = 0.16) -> str:
 
 def line(index: int, **more: Any) -> dict[str, Any]:
     """Line style of the arm at ``index``: colour and dash, so that neither is needed alone."""
-    return {"color": colour(index), "dash": DASHES[index % len(DASHES)], "width": 2, **more}
+    return {"color": colour(index), "dash": _shifted(DASHES, index), "width": 2, **more}
+
+
+def symbol(index: int) -> str:
+    """Marker of the arm at ``index``."""
+    return _shifted(SYMBOLS, index)
+
+
+def _shifted(options: Sequence[str], index: int) -> str:
+    # Where the colours start again the shapes are others, so that thirty-six can be told apart.
+    return options[(index + index // len(ARM_COLOURS)) % len(options)]
+
+
+def key(names: Sequence[tuple[str, int]]) -> Markup:
+    """One legend for many panels: (name, number of the colour)."""
+    items = [
+        Markup('<span class="arm" style="--arm:{}">{}</span>').format(colour(i), name)
+        for name, i in names
+    ]
+    return Markup('<p class="legend">{}</p>').format(Markup(" ").join(items))
 
 
 def figure(
@@ -55,24 +75,35 @@ def figure(
     **layout: Any,
 ) -> go.Figure:
     """A figure in the house layout; ``x`` and ``y`` are axis titles with their units."""
-    fig = go.Figure(data=list(traces))
-    fig.update_layout(
-        template="none",
-        height=height,
-        margin={"l": 58, "r": 12, "t": 24 if legend else 8, "b": 46},
-        font={"family": "system-ui, -apple-system, Segoe UI, sans-serif", "size": 12, "color": INK},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        showlegend=legend,
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 11}},
-        hoverlabel={"font": {"size": 12}, "align": "left"},
-        hovermode="closest",
-        **layout,
-    )
-    grid = {"gridcolor": "#e6e8eb", "zeroline": False, "linecolor": "#c9ced6", "ticks": "outside"}
-    fig.update_xaxes(title={"text": x, "standoff": 8}, **grid)
-    fig.update_yaxes(title={"text": y, "standoff": 8}, automargin=True, **grid)
-    return fig
+    axis = {
+        "gridcolor": "#e6e8eb",
+        "zeroline": False,
+        "linecolor": "#c9ced6",
+        "ticks": "outside",
+        "exponentformat": "e",
+    }
+    # One dictionary: plotly checks a figure's layout anew at every update.
+    whole: dict[str, Any] = {
+        "template": "none",
+        "height": height,
+        "margin": {"l": 58, "r": 12, "t": 24 if legend else 8, "b": 46},
+        "font": {"family": FONT, "size": 12, "color": INK},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "showlegend": legend,
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "y": 1.02,
+            "yanchor": "bottom",
+            "font": {"size": 11},
+        },
+        "hoverlabel": {"font": {"size": 12}, "align": "left"},
+        "hovermode": "closest",
+        "xaxis": {"title": {"text": x, "standoff": 8}, **axis},
+        "yaxis": {"title": {"text": y, "standoff": 8}, "automargin": True, **axis},
+    }
+    return go.Figure(data=list(traces), layout=whole | layout)
 
 
 class Figures:
@@ -80,6 +111,15 @@ class Figures:
 
     def __init__(self) -> None:
         self.count = 0
+
+    def widget(self, kind: str, data: Any, label: str) -> Markup:
+        """A box that the script ``assets/<kind>.js`` fills from ``data`` when it is seen."""
+        self.count += 1
+        return Markup(
+            '<div class="figure widget {kind}" id="figure-{n}" data-widget="{kind}" role="group" '
+            'aria-label="{label}"></div>'
+            '<script type="application/json" data-for="figure-{n}">{data}</script>'
+        ).format(n=self.count, kind=kind, label=label, data=dumps(data))
 
     def html(self, fig: go.Figure, label: str) -> Markup:
         """A box for the figure and its data, with ``label`` ("title" or "title: note") over it."""
@@ -98,6 +138,23 @@ class Figures:
         )
 
 
+def shared() -> Markup:
+    """What the scripts that draw figures of their own need of this file, as JSON."""
+    layout = json.loads(pio.to_json(figure([], x="", y=""), validate=False) or "{}")["layout"]
+    return dumps(
+        {
+            "layout": layout,
+            "colours": ARM_COLOURS,
+            "dashes": DASHES,
+            "symbols": SYMBOLS,
+            "neutral": NEUTRAL,
+            "sequential": SEQUENTIAL,
+            "diverging": DIVERGING,
+        }
+    )
+
+
 def dumps(value: Any) -> Markup:
-    """JSON that is safe inside a script element."""
-    return Markup(json.dumps(value).replace("<", "\\u003c"))
+    """JSON that is safe inside a script element. Raises ValueError for NaN, which JSON lacks."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c"))

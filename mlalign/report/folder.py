@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,11 @@ from mlalign.records import Example, ImageRef, Preference, Skip, facts_from_json
 
 MAPS = "attention_maps"
 """The table of attention maps among the probe tables."""
+READING = {
+    name: runlog.UNREAD.get(name, math.nan)
+    for name in runlog.READINGS.keys() - {"arm", "step", "probe", "metric", "side", "value"}
+}
+"""Columns that a table of readings may leave out, and what they then hold."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,42 @@ class ProbeTable:
     step: int
     path: Path
 
-    def rows(self, **wanted: Any) -> list[dict[str, Any]]:
-        """The rows whose columns have these values, by column name."""
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Names of the columns that the file has."""
+        return frozenset(self._file.schema_arrow.names)
+
+    @property
+    def _file(self) -> Any:
         import pyarrow.parquet as pq
 
-        filters = [(column, "==", value) for column, value in wanted.items()] or None
-        return pq.read_table(self.path, filters=filters).to_pylist()
+        return pq.ParquetFile(self.path)
+
+    @property
+    def is_readings(self) -> bool:
+        """Whether its rows are readings, and not maps, words or neurons."""
+        return {"metric", "side", "value"} <= self.names
+
+    def table(self, **wanted: Any) -> Any:
+        """A pyarrow table of the rows whose columns have these values (or one of a list).
+
+        A column that is not in the file counts as its default of ``READING``.
+        """
+        import pyarrow.compute as pc
+
+        found = self._file.read()
+        for column, value in wanted.items():
+            options = list(value) if isinstance(value, (list, tuple)) else [value]
+            if column in self.names:
+                found = found.filter(pc.field(column).isin(options))
+            elif READING.get(column) not in options:
+                return found.slice(0, 0)
+        return found
+
+    def rows(self, **wanted: Any) -> list[dict[str, Any]]:
+        """``table`` as one dict per row, what a reading leaves out filled in."""
+        filled = READING if self.is_readings else {}
+        return [{**filled, **row} for row in self.table(**wanted).to_pylist()]
 
 
 class NoRunFolder(FileNotFoundError):
@@ -97,14 +133,16 @@ class Run:
     def probe_tables(self) -> list[ProbeTable]:
         """Every probe table, by arm, probe and step."""
         tables = []
-        for path in (self.folder / "probes").glob("*/*.parquet"):
+        folder = self.folder / "probes"
+        for path in [*folder.glob("*/*.parquet"), *folder.glob("*/_tables/*.parquet")]:
             probe, _, step = path.stem.rpartition("-")
             if probe and step.isdigit():
-                tables.append(ProbeTable(path.parent.name, probe, int(step), path))
+                arm = path.relative_to(folder).parts[0]
+                tables.append(ProbeTable(arm, probe, int(step), path))
         return sorted(tables, key=lambda t: (t.arm, t.probe, t.step))
 
     def probe(self, name: str, *, last: bool = False, **wanted: Any) -> list[dict[str, Any]]:
-        """Readings of one probe over arms and steps, or over each arm's last step only.
+        """Rows of one probe table over arms and steps, or over each arm's last step only.
 
         A large model gives tens of thousands of readings a pass: ask for what is needed.
         """
@@ -112,6 +150,11 @@ class Run:
         if last:
             tables = list({t.arm: t for t in tables}.values())
         return [row for t in tables for row in t.rows(**wanted)]
+
+    @cached_property
+    def reading_tables(self) -> list[ProbeTable]:
+        """The tables of readings among the probe tables."""
+        return [t for t in self.probe_tables if t.is_readings]
 
     @cached_property
     def maps(self) -> list[dict[str, Any]]:

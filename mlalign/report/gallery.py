@@ -50,7 +50,7 @@ class Album:
 
     def card(self, known: Known, details: list[str], answers: list[dict[str, Any]]) -> Markup:
         """One record as a card."""
-        image, missing = self._image(known)
+        image, missing = self.image(known)
         listed = ", ".join(sorted(self.there(known))) or "no objects known"
         return render(
             "card.html.j2",
@@ -79,7 +79,8 @@ class Album:
         return {"name": name, "html": html}
 
     @staticmethod
-    def _image(known: Known) -> tuple[Image.Image | None, str]:
+    def image(known: Known) -> tuple[Image.Image | None, str]:
+        """The record's picture; or None, and why there is none."""
         if known.image is None:
             return None, "no image is stored with this record"
         try:

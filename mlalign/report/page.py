@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ from plotly.offline import get_plotlyjs
 
 from mlalign.report import (
     builds,
+    concepts,
     curves,
     drift,
+    further,
     gallery,
     grounding,
+    neurons,
     provenance,
     reliance,
     results,
@@ -29,24 +32,38 @@ from mlalign.store import write_text_atomic
 SECTIONS: tuple[Callable[[Run, fg.Figures], Section], ...] = (
     results.section,
     curves.section,
+    reliance.section,
     grounding.section,
     drift.section,
-    reliance.section,
+    neurons.section,
+    concepts.section,
+    further.section,
     gallery.answers_section,
     gallery.looks_section,
     gallery.pairs_section,
     builds.section,
     provenance.section,
 )
+SCRIPTS = (
+    "page.js",
+    "grids.js",
+    "headmap.js",
+    "layermap.js",
+    "series.js",
+    "tables.js",
+    "concepts.js",
+    "start.js",
+)
+"""In this order: the first defines what the others use, the last starts them."""
 
 
-def write(run_folder: Path) -> Path:
-    """Write ``report.html`` into the run folder; returns its path.
+def write(run_folder: Path, out: Path | None = None) -> Path:
+    """Write ``out``, by default ``report.html`` in the run folder; returns its path.
 
     Whatever the folder does not hold is named in one line where it would stand. Raises
     NoRunFolder where there is no such folder.
     """
-    target = Path(run_folder) / "report.html"
+    target = Path(out or Path(run_folder) / "report.html")
     write_text_atomic(target, html(Run(Path(run_folder))))
     return target
 
@@ -56,13 +73,15 @@ def html(run: Run) -> str:
     figures = fg.Figures()
     found = verdict.verdicts(run.summary)
     sections = [make(run, figures) for make in SECTIONS]
-    return render(
-        "page.html.j2",
-        name=run.recipe.get("name") or run.folder.resolve().name,
-        model=(run.recipe.get("model") or {}).get("path", ""),
-        objective=_name((run.recipe.get("train") or {}).get("objective")),
+    model = (run.recipe.get("model") or {}).get("path", "")
+    objective = name_of((run.recipe.get("train") or {}).get("objective"))
+    name = run.recipe.get("name") or run.folder.resolve().name
+    return whole_page(
+        heading=" \u00b7 ".join(part for part in (f"mlalign run {name}", model, objective) if part),
+        title=name,
         headline=verdict.headline(found),
         banners=_banners(run),
+        sections=sections,
         verdicts=[
             {
                 "arm": v.arm,
@@ -72,9 +91,30 @@ def html(run: Run) -> str:
             }
             for v in found
         ],
+    )
+
+
+def whole_page(
+    *,
+    heading: str,
+    headline: str,
+    banners: Sequence[str],
+    sections: Sequence[Section],
+    title: str = "",
+    verdicts: Sequence[dict[str, Any]] = (),
+) -> str:
+    """Sections as one self-contained HTML file, with the scripts that draw them."""
+    return render(
+        "page.html.j2",
+        title=title or heading,
+        heading=heading,
+        headline=headline,
+        banners=banners,
+        verdicts=verdicts,
         sections=sections,
         style=Markup(_asset("style.css")),
-        script=Markup(_asset("page.js")),
+        figure_style=fg.shared(),
+        script=Markup("\n".join(_asset(name) for name in SCRIPTS)),
         plotly=Markup(get_plotlyjs()),
     )
 
@@ -94,7 +134,8 @@ def _banners(run: Run) -> list[str]:
     return texts
 
 
-def _name(ref: Any) -> str:
+def name_of(ref: Any) -> str:
+    """The name of a method as a recipe gives it: alone, or with its settings."""
     return str(ref.get("name", "")) if isinstance(ref, dict) else str(ref or "")
 
 

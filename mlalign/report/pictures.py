@@ -73,6 +73,20 @@ def overlaid(
     return grey
 
 
+def seen(image: Image.Image, mode: str, grid: tuple[int, int], side: int) -> Image.Image:
+    """What of the picture lies under the grid of image tokens, ``side`` pixels wide.
+
+    A square grid: ``mode`` as in ``overlaid``, the padding grey. Any other lies over the whole.
+    """
+    if grid[0] != grid[1]:
+        return image.convert("RGB").resize((side, round(side * grid[0] / grid[1])))
+    picture, _ = scaled(image.convert("RGB"), side)
+    edge = max(picture.size) if mode == "pad" else min(picture.size)
+    view = Image.new("RGB", (edge, edge), "#808080")
+    view.paste(picture, ((edge - picture.width) // 2, (edge - picture.height) // 2))
+    return view.resize((side, side), Image.Resampling.NEAREST if side % edge == 0 else None)
+
+
 def scaled(image: Image.Image, side: int) -> tuple[Image.Image, float]:
     """The picture with its longer side at ``side``, and the factor."""
     factor = side / max(image.size)

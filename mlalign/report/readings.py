@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mlalign.report.metrics import is_number, rounded
 
 Row = dict[str, Any]
@@ -58,50 +56,29 @@ class Point:
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     """The rows whose columns have these values, and a finite number."""
-    return [r for r in rows if is_number(r["value"]) and all(r[k] == v for k, v in wanted.items())]
+    numbers = (r for r in rows if is_number(r.get("value")))
+    return [r for r in numbers if all(r[k] == v for k, v in wanted.items())]
 
 
 def points(rows: Iterable[Row], metric: str, **wanted: Any) -> list[Point]:
-    """The whole set's numbers of a metric over the steps, ``<metric>_lo`` and ``_hi`` joined."""
+    """The whole set's numbers of a metric, by step."""
     fixed = {"record": "", "layer": -1, "head": -1, "group": "", **wanted}
-    found: dict[int, dict[str, Row]] = defaultdict(dict)
-    names = {metric: "value", f"{metric}_lo": "low", f"{metric}_hi": "high"}
-    for r in rows:
-        if (
-            r["metric"] in names
-            and is_number(r["value"])
-            and all(r[k] == v for k, v in fixed.items())
-        ):
-            found[r["step"]][names[r["metric"]]] = r
-    return [
-        Point(
-            step,
-            parts["value"]["value"],
-            parts["low"]["value"] if "low" in parts else math.nan,
-            parts["high"]["value"] if "high" in parts else math.nan,
-            _number(parts["value"]["noise"]),
-            int(parts["value"]["n"]),
-        )
-        for step, parts in sorted(found.items())
-        if "value" in parts
-    ]
+    found = {r["step"]: r for r in select(rows, metric=metric, **fixed)}
+    return [point(row) for _, row in sorted(found.items())]
 
 
-def layer_by_head(rows: Iterable[Row], metric: str, **wanted: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(L, H) values and noise floors of the whole set; NaN in holes, (0, 0) for nothing."""
-    cells = [
-        r
-        for r in select(rows, metric=metric, record="", **wanted)
-        if r["layer"] >= 0 and r["head"] >= 0
-    ]
-    if not cells:
-        return np.zeros((0, 0)), np.zeros((0, 0))
-    shape = (max(r["layer"] for r in cells) + 1, max(r["head"] for r in cells) + 1)
-    values, noise = np.full(shape, np.nan), np.full(shape, np.nan)
-    for r in cells:
-        values[r["layer"], r["head"]] = r["value"]
-        noise[r["layer"], r["head"]] = _number(r["noise"])
-    return values, noise
+def point(row: Row) -> Point:
+    """A reading as a point; an end of an interval that is no number is NaN."""
+    low, high = _number(row.get("lo")), _number(row.get("hi"))
+    known = not math.isnan(low + high)
+    return Point(
+        row["step"],
+        row["value"],
+        low if known else math.nan,
+        high if known else math.nan,
+        _number(row.get("noise")),
+        int(row.get("n") or 0),
+    )
 
 
 def by_layer(rows: Iterable[Row], metric: str, **wanted: Any) -> dict[int, Pooled]:
@@ -141,11 +118,6 @@ def pooled_by(rows: Iterable[Row], *keys: str) -> dict[Any, Pooled]:
         groups[r[keys[0]] if len(keys) == 1 else tuple(r[k] for k in keys)].append(r)
     found = {key: pool(group) for key, group in groups.items()}
     return {key: value for key, value in sorted(found.items()) if value is not None}
-
-
-def last_step(rows: Iterable[Row], arm: str) -> int | None:
-    """The last step at which this arm was probed."""
-    return max((r["step"] for r in rows if r["arm"] == arm), default=None)
 
 
 def _number(value: Any) -> float:

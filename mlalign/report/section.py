@@ -33,6 +33,9 @@ class Section:
     """Markup, safe to stand in the page as it is."""
     empty: str = ""
     groups: tuple[Group, ...] = ()
+    """Tabs, below ``html``."""
+    after: str = ""
+    """Markup below the tabs."""
 
 
 def render(template: str, **values: Any) -> Markup:

@@ -9,12 +9,12 @@ from typing import Any
 
 from mlalign.report import metrics as m
 from mlalign.report import readings as rd
-from mlalign.report.folder import MAPS, Run
+from mlalign.report.folder import Run
 from mlalign.report.join import Index, Known, answer_of
 from mlalign.report.provenance import flat
 
 STEPS = 8
-"""Logged steps shown of each arm: the first, the last and some between."""
+"""Steps shown of each arm and reading: the first, the last and some between."""
 
 
 class UnknownRecord(ValueError):
@@ -80,11 +80,7 @@ def _logged(known: Known) -> Iterator[str]:
     for arm, rows in known.logged.items():
         rows = sorted(rows, key=lambda r: r["step"])
         keys = [k for k in rows[0] if k not in ("arm", "step", "id", "time")]
-        kept = (
-            rows
-            if len(rows) <= STEPS
-            else [rows[i * (len(rows) - 1) // (STEPS - 1)] for i in range(STEPS)]
-        )
+        kept = _some(rows)
         lines = [f"training, {arm}: seen at {len(rows)} steps"]
         lines.append("  " + "step".rjust(6) + "".join(k.rjust(max(len(k), 9) + 2) for k in keys))
         for row in kept:
@@ -94,21 +90,34 @@ def _logged(known: Known) -> Iterator[str]:
 
 
 def _probes(run: Run, known: Known) -> Iterator[str]:
-    for probe in dict.fromkeys(t.probe for t in run.probe_tables if t.probe != MAPS):
-        rows = run.probe(probe, record=known.id)
+    """What every probe read of the record, the mean over layers and heads by step."""
+    for probe in dict.fromkeys(t.probe for t in run.reading_tables):
+        rows = rd.select(run.probe(probe, record=known.id))
         if not rows:
             continue
         lines = [f"probe {probe}: means over layers and heads"]
         # Where a probe gives the mean over layers itself, that is taken.
-        whole = {r["metric"] for r in rows if r["layer"] < 0}
-        rows = [r for r in rows if r["layer"] < 0 or r["metric"] not in whole]
-        pooled = rd.pooled_by(rd.select(rows), "arm", "metric", "group", "side", "step")
+        whole = {r["metric"] for r in rows if _is_whole(r)}
+        rows = [r for r in rows if _is_whole(r) or r["metric"] not in whole]
+        pooled = rd.pooled_by(rows, "arm", "metric", "group", "side", "step")
         series: dict[tuple[str, ...], list[str]] = {}
         for (arm, metric, group, side, step), value in pooled.items():
             series.setdefault((arm, metric, group, side), []).append(f"{step}: {value.mean:.3g}")
         for key, values in series.items():
-            lines.append(f"  {' '.join(part for part in key if part)}  step {', '.join(values)}")
+            name = " ".join(part for part in key if part)
+            lines.append(f"  {name}  step {', '.join(_some(values))}")
         yield "\n".join(lines)
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    return max(row["layer"], row["head"], row["neuron"]) < 0
+
+
+def _some(values: list[Any]) -> list[Any]:
+    """At most ``STEPS`` of the values: the first, the last and some between."""
+    if len(values) <= STEPS:
+        return values
+    return [values[i * (len(values) - 1) // (STEPS - 1)] for i in range(STEPS)]
 
 
 def _answers(known: Known) -> Iterator[str]:

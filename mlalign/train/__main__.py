@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-from mlalign.recipe import Recipe, is_ours, load
-from mlalign.runlog import RunLog
+from mlalign import methods
+from mlalign.recipe import Recipe, configure, is_ours, load
+from mlalign.runlog import RunLog, probe_faults
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, or 2 with one message where the recipe or its data cannot be used."""
+    """Exit status 0; 2 with one message where the recipe or its data cannot be used; 3 from the
+    main process where every arm is trained and a probe was disabled on the way."""
     parser = argparse.ArgumentParser(prog="mlalign.train", description=__doc__)
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", help="key=value")
@@ -25,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         recipe = load(options.recipe, options.overrides)
-        train_all(recipe, run_folder(recipe, Path(options.recipe)))
+        run = run_folder(recipe, Path(options.recipe))
+        train_all(recipe, run)
+        return _status(recipe, run)
     except ValueError as error:
         if is_ours(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -33,13 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         raise
     finally:
         _leave()
-    return 0
 
 
 def train_all(recipe: Recipe, run: Path) -> None:
     """Every arm in turn, each in a fresh accelerator state."""
     from mlalign.train import launch
-    from mlalign.train.preference import train_arm
 
     main_process = launch.rank() == 0
     log = RunLog(run, enabled=main_process)
@@ -49,7 +51,9 @@ def train_all(recipe: Recipe, run: Path) -> None:
             if main_process:
                 print(f"{arm}: already trained; remove {run / arm} to train it again", flush=True)
             continue
-        trainer = train_arm(recipe, arm, run)
+        ref = recipe.train_of(arm).algorithm
+        method = methods.find("mlalign.train.algorithms", ref.name)
+        trainer = method(configure(method, ref, "train.algorithm")).train(recipe, arm, run)
         seconds = round(time.monotonic() - start, 1)
         log.event(arm, "trained", seconds=seconds, steps=trainer.state.global_step)
         if main_process:
@@ -62,6 +66,17 @@ def run_folder(recipe: Recipe, file: Path) -> Path:
     if file.name == "recipe.yaml" and (file.parent / "manifest.json").is_file():
         return file.parent
     return Path("runs") / recipe.name
+
+
+def _status(recipe: Recipe, run: Path) -> int:
+    """0, or that of failed probes, which are named; alone from the main process: a launcher stops
+    the others as soon as one ends with anything but 0."""
+    from mlalign.train import launch
+
+    faults = probe_faults(run, recipe.arms()) if launch.rank() == 0 else []
+    for fault in faults:
+        print(fault, file=sys.stderr, flush=True)
+    return launch.PROBES_FAILED if faults else 0
 
 
 def _leave() -> None:

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerCallback
@@ -20,22 +20,29 @@ from transformers import TrainerCallback
 from mlalign.data.collate import TokenisedPair
 from mlalign.store import write_json_atomic
 
+T = TypeVar("T")
+
 
 def split(
-    pairs: Sequence[TokenisedPair], share: float, seed: int
-) -> tuple[list[TokenisedPair], list[TokenisedPair]]:
-    """(pairs to train on, held-out pairs): about ``share`` of the images, drawn by their digests.
+    items: Sequence[T], share: float, seed: int, image: Callable[[T], str]
+) -> tuple[list[T], list[T]]:
+    """(what to train on, what is held out): about ``share`` of the images, drawn by their digests.
 
-    The draw depends on seed and image alone: the same image is held out in every arm and round.
+    ``image``: digest of an item's image. The draw depends on it and the seed alone: the same image
+    is held out in every arm and round.
     """
-    held: list[TokenisedPair] = []
-    kept: list[TokenisedPair] = []
-    for pair in pairs:
-        image = pair.pair.image_sha256 or pair.pair.image.sha256()
-        digest = hashlib.sha256(f"{seed}/{image}".encode()).digest()
+    held: list[T] = []
+    kept: list[T] = []
+    for item in items:
+        digest = hashlib.sha256(f"{seed}/{image(item)}".encode()).digest()
         drawn = int.from_bytes(digest[:8], "big") / 2**64
-        (held if drawn < share else kept).append(pair)
+        (held if drawn < share else kept).append(item)
     return kept, held
+
+
+def image_of(pair: TokenisedPair) -> str:
+    """Digest of a pair's image."""
+    return pair.pair.image_sha256 or pair.pair.image.sha256()
 
 
 class HeldOut(TrainerCallback):

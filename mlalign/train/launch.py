@@ -10,6 +10,8 @@ from typing import Any
 
 from mlalign.sections import LaunchSection
 
+PROBES_FAILED = 3
+"""Exit status of a run that succeeded in everything but a probe."""
 LAUNCH_FOLDER = Path(__file__).parents[2] / "launch"
 
 

@@ -13,12 +13,13 @@ from mlalign.data.collate import Collator, TokenisedPair, tokenise
 from mlalign.data.reader import DataError, load_pairs
 from mlalign.models._fingerprint import reference_key
 from mlalign.models._vlm import VLM
-from mlalign.models.loading import dtype_of, load_vlm, lora_config
+from mlalign.models.loading import load_vlm, lora_config
 from mlalign.recipe import Recipe, configure
 from mlalign.runlog import RunLog
 from mlalign.store import fingerprint, folder_atomic
 from mlalign.train import checkpointing, checkpoints, launch
-from mlalign.train.heldout import HeldOut, split
+from mlalign.train._arguments import shared_arguments
+from mlalign.train.heldout import HeldOut, image_of, split
 from mlalign.train.references import References, Refresh
 from mlalign.train.trainer import DPOConfig, PreferenceTrainer
 
@@ -51,8 +52,8 @@ def train_arm(recipe: Recipe, arm: str, run: Path) -> PreferenceTrainer:
     edits = getattr(objective, "edits", False)
     if edits and not any(pair.segments for pair in pairs):
         raise DataError(
-            f"{source}: no pair has segments, so {recipe.train.objective.name} would weigh nothing "
-            "and train plain DPO. Build the pairs with segments, or name another objective"
+            f"{source}: no pair has segments, so {recipe.train.preferring().name} would weigh "
+            "nothing and train plain DPO. Build the pairs with segments, or name another objective"
         )
     tokenised, cut = tokenise(vlm, pairs, recipe.train.max_length, quiet=not main, edits=edits)
     for skip in cut:
@@ -60,7 +61,7 @@ def train_arm(recipe: Recipe, arm: str, run: Path) -> PreferenceTrainer:
     if main and skips:
         log.event(arm, "pairs skipped", counts=dict(skips), examples=[s.detail for s in cut[:3]])
         print(f"{arm}: skipped {sum(skips.values())} pairs: {dict(skips)}", flush=True)
-    training, heldout = split(tokenised, recipe.train.heldout, recipe.seed)
+    training, heldout = split(tokenised, recipe.train.heldout, recipe.seed, image_of)
     _enough(training, recipe, source, skips)
     if recipe.train.heldout and not heldout:
         raise DataError(f"{source}: train.heldout {recipe.train.heldout:g} holds out no pair")
@@ -78,7 +79,7 @@ def train_arm(recipe: Recipe, arm: str, run: Path) -> PreferenceTrainer:
         log,
         fingerprint(source),
     )
-    _add_probes(recipe, arm, run, trainer, vlm, log)
+    add_probes(recipe, arm, run, trainer, vlm, log)
     chooser = None
     if heldout:
         best = recipe.train.choose == "best"
@@ -93,7 +94,9 @@ def train_arm(recipe: Recipe, arm: str, run: Path) -> PreferenceTrainer:
     last = checkpoints.last_complete(folder / "checkpoints")
     if last is not None:
         checkpoints.check(last, trainer.checkpoint_facts)
-        log.rewind(arm, int(last.name.rpartition("-")[2]))
+    # Without a checkpoint, all that an attempt logged before it was stopped.
+    log.rewind(arm, -1 if last is None else int(last.name.rpartition("-")[2]))
+    if last is not None:
         log.event(arm, "resumed", checkpoint=str(last))
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.references is not None:
@@ -110,58 +113,18 @@ def train_arm(recipe: Recipe, arm: str, run: Path) -> PreferenceTrainer:
 
 def training_arguments(recipe: Recipe, folder: Path) -> DPOConfig:
     """TRL's arguments from a recipe. No default of TRL's that changes a result is left unsaid."""
-    train = recipe.train
-    processes = launch.world_size()
-    bf16 = dtype_of(recipe.model) == torch.bfloat16
-    if dtype_of(recipe.model) == torch.float16:
-        raise launch.LaunchError(
-            "model.dtype: float16 would train without loss scaling, and small gradients vanish. "
-            "Train in bfloat16, or in float32 where the hardware has none"
-        )
     return DPOConfig(
-        output_dir=str(folder / "checkpoints"),
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        learning_rate=train.learning_rate,
-        per_device_train_batch_size=train.micro_batch_size,
-        gradient_accumulation_steps=launch.accumulation(
-            train.batch_size, train.micro_batch_size, processes
-        ),
-        num_train_epochs=train.epochs or 1.0,
-        max_steps=train.steps or -1,
-        lr_scheduler_type=train.schedule,
-        warmup_steps=train.warmup,
-        weight_decay=train.weight_decay,
-        adam_beta1=train.adam_beta1,
-        adam_beta2=train.adam_beta2,
-        adam_epsilon=train.adam_epsilon,
-        max_grad_norm=train.max_grad_norm,
-        # auto is decided once the lengths of the data are known.
-        gradient_checkpointing=train.gradient_checkpointing is True,
+        **shared_arguments(recipe, folder),
         max_length=None,  # our collator cuts, and counts what it cuts
-        logging_steps=train.log_every,
-        logging_first_step=True,
-        save_strategy="steps" if train.save_every else "no",
-        save_steps=train.save_every or 500,
-        report_to=recipe.report_to,
-        run_name=f"{recipe.name}/{folder.name}",
-        remove_unused_columns=False,
-        dataloader_drop_last=True,
-        disable_dropout=train.layout == "shared",
-        deepspeed=launch.deepspeed_config(recipe.launch)
-        if recipe.launch.launcher != "none"
-        else None,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=bf16,
-        ddp_find_unused_parameters=False,
-        disable_tqdm=processes > 1 and launch.rank() != 0,
+        disable_dropout=recipe.train.layout == "shared",
     )
 
 
 def objective_of(recipe: Recipe) -> Any:
     """The recipe's objective with its settings. Raises RecipeError, UnknownMethod."""
-    method = methods.find("mlalign.objectives", recipe.train.objective.name)
-    return method(configure(method, recipe.train.objective, "train.objective"))
+    ref = recipe.train.preferring()
+    method = methods.find("mlalign.objectives", ref.name)
+    return method(configure(method, ref, "train.objective"))
 
 
 def save_result(trainer: PreferenceTrainer, vlm: VLM, folder: Path) -> Path:
@@ -175,7 +138,9 @@ def save_result(trainer: PreferenceTrainer, vlm: VLM, folder: Path) -> Path:
     target = folder / ("adapter" if peft else "model")
     if accelerator.is_main_process:
         with folder_atomic(target) as aside:
-            model.save_pretrained(aside, state_dict=state, safe_serialization=True)
+            # A reward model or a value may share the base, as adapters of their own.
+            own = {"selected_adapters": ["default"]} if peft else {}
+            model.save_pretrained(aside, state_dict=state, safe_serialization=True, **own)
             if not peft:
                 vlm.processor.save_pretrained(aside)
     accelerator.wait_for_everyone()
@@ -254,14 +219,17 @@ def _keep_in_float32(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def _add_probes(
-    recipe: Recipe, arm: str, run: Path, trainer: PreferenceTrainer, vlm: VLM, log: RunLog
-) -> None:
+def add_probes(recipe: Recipe, arm: str, run: Path, trainer: Any, vlm: VLM, log: RunLog) -> None:
+    """The recipe's probes as a callback of a trainer of any algorithm; none where it names none."""
     if not recipe.probes.methods:
         return
     from mlalign.train.probe_callback import from_recipe
 
-    trainer.add_callback(from_recipe(recipe, arm, run, vlm, log))
+    callback = from_recipe(recipe, arm, run, vlm, log)
+    reference = getattr(trainer, "ref_model", None)
+    if reference is not None:
+        callback.reference = trainer.accelerator.unwrap_model(reference)
+    trainer.add_callback(callback)
 
 
 def _enough(pairs: list[Any], recipe: Recipe, source: Path, skips: Any) -> None:

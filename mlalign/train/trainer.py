@@ -9,10 +9,7 @@ this file touches, each asserted by a test: ``_metrics``, ``_get_num_items_in_ba
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,15 +22,12 @@ from mlalign.branching.logps import completion_logps
 from mlalign.branching.views import argmax_tokens, by_view, with_targets
 from mlalign.models._vlm import VLM
 from mlalign.runlog import RunLog
-from mlalign.train import checkpoints
+from mlalign.train._sealed import Sealed
 from mlalign.train.gate import Gate, GateError, measure
 from mlalign.train.references import References
 
-PROGRESS = "MLALIGN_PROGRESS"
-"""Environment variable: print progress as lines that the command line draws as a bar."""
 
-
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(Sealed, DPOTrainer):
     """Trains on ``{"batch": PrefixBatch}`` with an objective of mlalign/objectives.
 
     The loss of an optimiser step is the sum over its pairs, of all micro-batches and processes,
@@ -42,6 +36,7 @@ class PreferenceTrainer(DPOTrainer):
 
     # The loss is already divided by the pairs of the whole step.
     loss_is_scaled_for_ga = True
+    shown = (("loss", "loss"), ("rewards/accuracies", "accuracy"))
 
     def __init__(
         self,
@@ -238,39 +233,10 @@ class PreferenceTrainer(DPOTrainer):
         rows = gather_object([dict(zip(names, values, strict=True)) for values in columns])
         self.run_log.pairs(self.arm, self.state.global_step + 1, rows)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log to the trackers, and to the run folder."""
-        super().log(logs, start_time)
-        self.run_log.metrics(self.arm, self.state.global_step, logs)
-        if self.run_log.enabled and os.environ.get(PROGRESS) and "loss" in logs:
-            shown = {
-                "description": self.arm,
-                "total": self.state.max_steps,
-                "completed": self.state.global_step,
-                "last": f"loss {logs['loss']:.3f}, accuracy {logs['rewards/accuracies']:.2f}",
-            }
-            print(f"mlalign-progress {json.dumps(shown)}", flush=True)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Written aside, sealed with a manifest, renamed; older ones are rotated away."""
+    def before_checkpoint(self) -> None:
+        """References that steps before it have used."""
         if self.references is not None:
             self.references.flush()
-        target = Path(str(self.args.output_dir))
-        aside = target / "writing"
-        self.args.output_dir = str(aside)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.output_dir = str(target)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            name = f"checkpoint-{self.state.global_step}"
-            checkpoints.seal(aside / name, target / name, self.checkpoint_facts)
-            checkpoints.rotate(target, self.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """No card per checkpoint: the run folder's manifest and report say more."""
 
 
 __all__ = ["DPOConfig", "PreferenceTrainer"]

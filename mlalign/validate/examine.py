@@ -135,8 +135,10 @@ def _pairs(recipe: Recipe, run: Path, vlm: VLM | None, where: str, out: Outcome)
     return reads
 
 
-def _objective(ref: MethodRef) -> Any:
-    """The objective, for what it asks of the pairs; None where it was found to be at fault."""
+def _objective(ref: MethodRef | None) -> Any:
+    """The objective, for what it asks of the pairs; None where there is none, or one at fault."""
+    if ref is None:
+        return None
     try:
         method = methods.find("mlalign.objectives", ref.name)
         return method(method.Settings(**ref.settings()))

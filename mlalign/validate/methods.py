@@ -16,12 +16,15 @@ SOURCES = "data_builders.sources"
 def method_refs(recipe: Recipe) -> list[tuple[str, str, MethodRef]]:
     """(room, key, reference) of every method that a recipe names."""
     data = recipe.data
-    refs = [("mlalign.objectives", "train.objective", recipe.train.objective)]
-    refs += [
-        ("mlalign.objectives", f"data.builders.{each.name}.train.objective", objective)
-        for each in data.builders
-        if (objective := recipe.train_of(each.name).objective) != recipe.train.objective
-    ]
+    refs: list[tuple[str, str, MethodRef]] = []
+    rooms = {"objective": "mlalign.objectives", "algorithm": "mlalign.train.algorithms"}
+    trains = {"train": recipe.train}
+    trains |= {f"data.builders.{b.name}.train": recipe.train_of(b.name) for b in data.builders}
+    for key, train in trains.items():
+        for name, room in rooms.items():
+            ref = getattr(train, name)
+            if ref is not None and (key == "train" or ref != getattr(recipe.train, name)):
+                refs.append((room, f"{key}.{name}", ref))
     refs += [("data_builders", "data.builders", ref) for ref in data.builders]
     refs += [("mlalign.probes", "probes.methods", ref) for ref in recipe.probes.methods]
     refs += [("mlalign.benchmarks", "eval.benchmarks", ref) for ref in recipe.eval.benchmarks]

@@ -203,7 +203,7 @@ class PairsReader:
             mend = "Lower train.batch_size, or give more pairs"
             out.findings.append(fault(where, "train.batch_size", problem, mend))
         if self.edits and out.usable and not out.segments:
-            problem = f"{train.objective.name} weighs segments, but no pair has any"
+            problem = f"{train.preferring().name} weighs segments, but no pair has any"
             mend = "Build the pairs with segments, or name another objective"
             out.findings.append(fault(where, "train.objective", problem, mend))
         if out.cut:

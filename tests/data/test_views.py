@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from mlalign.branching.batch import ImageView
-from mlalign.data.views import signal, view_image, view_key
+from mlalign.branching.views import signal
+from mlalign.data.views import view_image, view_key
 from mlalign.images import open_image, to_png
 from mlalign.records import ImageRef, RecordError
 from tests.train.pairs import make_pairs

@@ -125,9 +125,9 @@ def test_heads_average_to_the_layer() -> None:
     assert len(heads) == tiny.LAYERS * tiny.HEADS
     whole = tiny.one(readings, "image_mass", side="base", group="response")
     assert whole.value == pytest.approx(sum(heads) / len(heads), abs=1e-6)
-    low = tiny.one(readings, "image_mass_lo", side="base", group="response").value
-    high = tiny.one(readings, "image_mass_hi", side="base", group="response").value
-    assert low <= whole.value <= high
+    assert whole.lo < whole.value < whole.hi
+    for head in tiny.pick(readings, **fixed):
+        assert head.lo <= head.value <= head.hi
 
 
 def test_words_are_counted_and_mapped() -> None:

@@ -80,7 +80,7 @@ def test_batches_do_not_matter() -> None:
 def record(name: str, image: float, blank: float, swapped: float) -> dict:
     margins = {"image": image, "blank": blank, "swapped": swapped}
     sums = {view: np.array([0.0, margin, 0.0]) for view, margin in margins.items()}
-    return {"id": name, "adapted": sums}
+    return {"id": name, "base": sums, "adapted": sums}
 
 
 def test_shares_of_planted_margins() -> None:
@@ -91,14 +91,35 @@ def test_shares_of_planted_margins() -> None:
         record("no sign", 0.0, 1.0, 1.0),
     ]
     fixed = {"step": 0, "probe": METHOD.name, "side": "adapted"}
-    readings = _preferences(fixed, records)
+    turned = record("turned", -2.0, 1.0, -3.0)
+    repeats = [{**records[0], "adapted": turned["adapted"]}, records[1]]
+    readings = _preferences(fixed, records, repeats)
     assert tiny.one(readings, "preferred").value == pytest.approx(2 / 3)
     assert tiny.one(readings, "kept_blank").value == pytest.approx(2 / 3)
     assert tiny.one(readings, "kept_swapped").value == 1
-    assert tiny.one(readings, "kept_blank").n == 3
+    kept = tiny.one(readings, "kept_blank")
+    assert (kept.n, kept.lo, kept.hi) == (3, 0, 1)
+    # The first pair's margins are 2 in one run and -2 in the other, the second's the same in both.
+    assert tiny.one(readings, "margin_image").noise == 2
+    assert tiny.one(readings, "preferred").noise == 0.5
+    assert kept.noise == 0.5 and tiny.one(readings, "kept_swapped").noise == 0
 
 
-def test_one_image_cannot_be_swapped() -> None:
-    records = [tiny.records(1)[0]] * 2
-    with pytest.raises(ValueError, match="two different images"):
-        ProbePass(tiny.new_vlm(), records, [METHOD()], vocabulary("microworld"), 2)
+@pytest.mark.parametrize("count", [1, 2], ids=["one record", "one image"])
+def test_one_image_cannot_be_swapped(count: int) -> None:
+    records = [tiny.records(1)[0]] * count
+    probes = ProbePass(tiny.new_vlm(), records, [METHOD()], vocabulary("microworld"), 2)
+    readings = probes.run(0)
+    assert {r.metric for r in readings} == {
+        "blank",
+        "blank_per_token",
+        "margin_image",
+        "margin_blank",
+        "preferred",
+        "kept_blank",
+    }
+    assert all(math.isfinite(r.value) for r in tiny.pick(readings, side="adapted"))
+    probes.run(1)
+    assert [note.startswith("the probe set has one image") for note in probes.notes].count(
+        True
+    ) == 1

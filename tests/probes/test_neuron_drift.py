@@ -39,6 +39,11 @@ def test_layers_below_the_change_stand_still() -> None:
     assert [r.group for r in modules] == ["self_attn.q_proj"]
     rms = tiny.one(readings, "rms", group="response")
     assert rms.noise < 1e-4 < rms.value
+    assert rms.lo < rms.value < rms.hi
+    layer = tiny.one(readings, "rms", group="response", layer=1)
+    each = tiny.pick(readings, metric="rms", group="response", layer=1)
+    alone = [r.value for r in each if r.record]
+    assert min(alone) <= layer.lo < layer.value < layer.hi <= max(alone)
 
 
 def test_equals_brute_force_on_single_records() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +14,14 @@ import torch
 
 from mlalign import methods
 from mlalign.branching.batch import ProbeReading
-from mlalign.probes import _pass
+from mlalign.images import open_image
+from mlalign.objects import vocabulary
+from mlalign.probes import _forwards, _pass
 from mlalign.probes._pass import ProbeError, ProbePass
-from mlalign.probes._probe import Watch, means
+from mlalign.probes._probe import ATTENTION, BLANK, KNOCKOUTS, PROMPT_ATTENTION, Watch, means
+from mlalign.probes._records import ProbeRecord
 from tests.probes import tiny
+from tests.probes.spy import Spy
 
 NAMES = ["attention_grounding", "image_reliance", "neuron_drift"]
 
@@ -29,18 +36,18 @@ def rows(readings: list[ProbeReading]) -> list[tuple[Any, ...]]:
 
 def count_forwards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
-    real = _pass.completion_logps
+    real = _forwards.completion_logps
 
-    def counted(model: Any, batch: Any) -> Any:
+    def counted(model: Any, batch: Any, **keywords: Any) -> Any:
         calls.append(batch.ids_C[0])
-        return real(model, batch)
+        return real(model, batch, **keywords)
 
-    monkeypatch.setattr(_pass, "completion_logps", counted)
+    monkeypatch.setattr(_forwards, "completion_logps", counted)
     return calls
 
 
 def test_the_room_holds_the_three_probes() -> None:
-    assert methods.names("mlalign.probes") == NAMES
+    assert set(NAMES) <= set(methods.names("mlalign.probes"))
 
 
 def test_everything_is_put_back() -> None:
@@ -74,9 +81,9 @@ def test_adapter_is_on_again() -> None:
     vlm = tiny.with_lora(tiny.new_vlm(), b_std=0.2)
     batch = tiny.new_pass(vlm, [])._batches[0]
     with torch.no_grad():
-        before = _pass.completion_logps(vlm.model, vlm.encode(batch.rows)).logps_CS
+        before = _forwards.completion_logps(vlm.model, vlm.encode(batch.rows)).logps_CS
         tiny.run(vlm, every()[2])
-        after = _pass.completion_logps(vlm.model, vlm.encode(batch.rows)).logps_CS
+        after = _forwards.completion_logps(vlm.model, vlm.encode(batch.rows)).logps_CS
     assert torch.equal(before, after)
 
 
@@ -201,3 +208,192 @@ def test_means_have_one_name_each() -> None:
 def test_an_empty_set_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one record"):
         ProbePass(tiny.new_vlm(), [], every(), None, 2)  # type: ignore[arg-type]
+
+
+def suite() -> list[Any]:
+    """Every probe of the room."""
+    return [methods.find("mlalign.probes", name)() for name in methods.names("mlalign.probes")]
+
+
+def bare(record: ProbeRecord) -> ProbeRecord:
+    """Without boxes, and without a word for an object that is not there."""
+    objects = tuple(replace(fact, box=None) for fact in record.facts.objects)
+    facts = replace(record.facts, objects=objects)
+    return replace(record, facts=facts, rejected=record.own)
+
+
+@pytest.mark.parametrize("kind", ["bare", "no words", "one", "one image"])
+def test_every_probe_runs_over_a_poor_set(kind: str) -> None:
+    vlm = tiny.with_lora(tiny.new_vlm(), b_std=0.2)
+    records = tiny.records(1 if kind.startswith("one") else 3)
+    if kind == "one image":
+        records = [records[0], replace(records[0], id="again")]
+    if kind == "bare":
+        records = [bare(record) for record in records]
+    if kind == "no words":
+        words = {"own": "yes", "chosen": "no", "rejected": "yes"}
+        records = [replace(record, **words) for record in records]
+    probes = ProbePass(vlm, records, suite(), vocabulary("microworld"), 2, strict=False)
+    readings = probes.run(0)
+    assert not probes.failed, probes.failed
+    assert means(probes.methods, readings)
+    wanted = {
+        "bare": ["no box", "no word for an absent"],
+        "no words": ["no word for a real", "no word for an absent"],
+        "one": ["one record", "one image"],
+        "one image": ["one image"],
+    }[kind]
+    assert len(probes.notes) == len(wanted), probes.notes
+    for text in wanted:
+        assert any(f"the probe set has {text}" in note for note in probes.notes)
+    said = list(probes.notes)
+    probes.run(1)
+    assert probes.notes == said, "said once"
+
+
+def poison(vlm: Any, layer: int, row_of: str) -> Any:
+    """A NaN in one block's output of the rows whose prefix holds the record's image."""
+    wanted = vlm.image(open_image(next(r for r in tiny.records(4) if r.id == row_of).image, row_of))
+    seen: list[bool] = []
+
+    def note(_module: Any, args: Any) -> None:
+        own = wanted.tensors["pixel_values"][0]
+        seen[:] = [torch.equal(each, own) for each in args[0]]
+
+    def spoil(_module: Any, _args: Any, output: Any) -> Any:
+        output = output.clone()
+        for row, bad in enumerate(seen):
+            if bad:
+                output[row, 3, 0] = math.nan
+        return output
+
+    tower = vlm.core.model.vision_tower
+    # By keyword or not, as the model calls it.
+    return [
+        tower.register_forward_pre_hook(
+            lambda m, a, k: note(m, a or (k["pixel_values"],)), with_kwargs=True
+        ),
+        vlm.layers[layer].register_forward_hook(spoil),
+    ]
+
+
+def test_activations_that_are_not_finite_are_named_and_stay_nan() -> None:
+    vlm = tiny.with_lora(tiny.new_vlm(), b_std=0.2)
+    clean = tiny.new_pass(vlm, suite(), count=4).run(0)
+    before_bad, bad = (record.id for record in tiny.records(4)[1:3])
+    hooks = poison(vlm, 1, bad)
+    probes = tiny.new_pass(vlm, suite(), count=4, strict=False)
+    readings = probes.run(0)
+    for hook in hooks:
+        hook.remove()
+    assert not probes.failed, probes.failed
+    for name in ("attention_grounding", "image_reliance", "neuron_drift"):
+        for side in ("base", "adapted"):
+            said = f"probe {name}: activations are not finite on side {side}, view image: record "
+            assert any(note.startswith(f"{said}{bad} (from layer 1 on)") for note in probes.notes)
+    inert = {(p.name, m) for p in probes.methods for m in p.inert}
+    spoiled, kept = 0, 0
+    before = {key(r): r.value for r in clean}
+    for reading in readings:
+        if reading.probe not in NAMES or (reading.probe, reading.metric) in inert:
+            continue
+        # The record before it is shown its image in its own's place.
+        seen = {"", bad, before_bad} if reading.probe == "image_reliance" else {"", bad}
+        enters = reading.record in seen and (reading.layer < 0 or reading.layer >= 1)
+        if enters:
+            assert math.isnan(reading.value) and math.isnan(reading.lo), reading
+            spoiled += 1
+        elif math.isfinite(before[key(reading)]):
+            assert math.isfinite(reading.value), reading
+            kept += 1
+    assert spoiled > 100 and kept > 100
+    lora = tiny.one(readings, "lora_norm")
+    assert math.isfinite(lora.value), "weights are read all the same"
+
+
+def key(reading: ProbeReading) -> tuple[Any, ...]:
+    return rows([reading])[0][:-1]
+
+
+def test_a_model_that_a_probe_cannot_serve_is_named() -> None:
+    def new() -> Any:
+        vlm = tiny.new_vlm()
+        vlm.layers[1].mlp = torch.nn.Linear(tiny.WIDTH, tiny.WIDTH)
+        return vlm
+
+    with pytest.raises(ValueError, match=r"neuron_drift: layer 1 has no mlp.gate_proj"):
+        tiny.new_pass(new(), every())
+    probes = tiny.new_pass(new(), every(), strict=False)
+    assert list(probes.failed) == ["neuron_drift"]
+    assert {r.probe for r in probes.run(0)} == {"attention_grounding", "image_reliance"}
+
+
+@pytest.mark.parametrize("need", [ATTENTION, PROMPT_ATTENTION, *KNOCKOUTS[:1]])
+def test_attention_that_cannot_be_reproduced_is_refused(need: str) -> None:
+    vlm = tiny.new_vlm()
+    vlm.core.config.text_config.attn_logit_softcapping = 30.0
+    spy, other = Spy({need}), Spy({BLANK}, name="other")
+    with pytest.raises(ValueError, match="spy: llama: soft-capped attention scores"):
+        tiny.new_pass(vlm, [spy, other])
+    probes = tiny.new_pass(vlm, [spy, other], strict=False)
+    assert {r.probe for r in probes.run(0)} == {"other"} and list(probes.failed) == ["spy"]
+
+
+class Remembers(Spy):
+    """Counts its passes, over resumes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = np.zeros(1, dtype=np.int64)
+
+    def readings(self, *args: Any) -> list[ProbeReading]:
+        self.passes = self.passes + 1
+        return []
+
+    def remember(self) -> dict[str, np.ndarray]:
+        return {"passes": self.passes}
+
+    def recall(self, kept: dict[str, np.ndarray]) -> None:
+        self.passes = kept["passes"]
+
+
+def test_what_probes_remember_is_handed_back() -> None:
+    vlm = tiny.with_lora(tiny.new_vlm())
+    first = tiny.new_pass(vlm, [Remembers(), Spy(name="other")], count=2)
+    first.run(0)
+    first.run(1)
+    kept = first.remembered()
+    assert list(kept) == ["spy"] and kept["spy"]["passes"] == 2
+    resumed = tiny.new_pass(vlm, [Remembers(), Spy(name="other")], count=2)
+    resumed.recall({**kept, "gone": {}})
+    resumed.run(2)
+    assert resumed.remembered()["spy"]["passes"] == 3
+
+
+def test_a_probe_that_raises_over_its_weights_is_left_out() -> None:
+    class Heavy(Spy):
+        def weights(self, vlm: Any) -> Any:
+            raise KeyError("planted")
+
+    probes = tiny.new_pass(tiny.new_vlm(), [Heavy(), Spy(name="other")], count=2, strict=False)
+    assert {r.probe for r in probes.run(0)} == {"other"} and "planted" in probes.failed["spy"]
+
+
+def test_nothing_large_is_kept_between_passes() -> None:
+    vlm = tiny.with_lora(tiny.new_vlm())
+    probes = tiny.new_pass(vlm, suite(), count=4)
+    probes.run(0)
+    before = held_bytes()
+    del probes
+    # Images and boxes of the items (three of 96 x 96 each), and what watches keep by record.
+    assert before - held_bytes() < 4 * 3 * 3 * 96 * 96 * 4 * 1.5
+
+
+def held_bytes() -> int:
+    """Bytes of all tensors that live."""
+    gc.collect()
+    storages = {}
+    for each in gc.get_objects():
+        if issubclass(type(each), torch.Tensor) and each.device.type == "cpu":
+            storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+    return sum(storages.values())

@@ -13,7 +13,9 @@ from mlalign.probes._stats import (
     debiased_cka,
     effective_rank,
     interval,
+    intervals,
     relative,
+    resampled,
     update_spectrum,
 )
 
@@ -69,6 +71,29 @@ def test_interval_covers_and_draws_whole_records() -> None:
     assert interval([6.0, 0.0], [2, 0]) == (3.0, 3.0)
     assert all(math.isnan(v) for v in interval([], []))
     assert interval([1.0, 2.0, 3.0], [1, 1, 1]) == interval([1.0, 2.0, 3.0], [1, 1, 1])
+
+
+def test_intervals_are_those_of_each_column_alone() -> None:
+    sums, counts = RNG.normal(size=(9, 3)), np.array([1, 2, 0, 1, 3, 1, 1, 1, 2])
+    low, high = intervals(sums, counts)
+    for column in range(3):
+        one = interval(sums[:, column].tolist(), counts.tolist())
+        assert one == pytest.approx((low[column], high[column]), abs=1e-12)
+    # By hand: whole records drawn again, numerator and denominator together.
+    kept = counts > 0
+    draws = np.random.default_rng(0).integers(0, 8, (1000, 8))
+    ratios = sums[kept, 0][draws].sum(1) / counts[kept][draws].sum(1)
+    assert low[0] == pytest.approx(np.percentile(ratios, 2.5), abs=1e-12)
+    assert resampled(np.ones((4, 2)), np.array([[2.0, 0]] * 4))[0, 0] == 0.5
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    assert math.isnan(auroc([1.0, math.nan], [0.0])) and math.isnan(auroc([math.inf], [0.0]))
+    assert all(math.isnan(v) for v in interval([1.0, math.nan], [1, 1]))
+    broken = torch.full((4, 8), math.nan)
+    singular = update_spectrum(torch.randn(8, 4), broken, 1.0)
+    assert singular.isnan().all() and math.isnan(effective_rank(singular))
+    assert math.isnan(debiased_cka(np.full((9, 2), math.nan), RNG.normal(size=(9, 2))))
 
 
 def test_spectrum_equals_the_explicit_product() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ from mlalign import store
 from mlalign.microworld import language, scenes, world
 from mlalign.records import Example, Preference, Segment, to_json
 from mlalign.runlog import RunLog
+from tests.report import readings
+from tests.report.readings import Shape
 
 ARMS = ("ha_dpo", "povid", "rlaif_v")
-LAYERS, HEADS, GRID = 4, 8, 7
 STEPS = 120
-EVERY = 30
 HELDOUT = 30
 NASTY = 'A <script>alert("x")</script> & </textarea>'
 """Model text that must not reach the page as markup."""
@@ -25,8 +24,9 @@ NASTY = 'A <script>alert("x")</script> & </textarea>'
 Row = dict[str, Any]
 
 
-def write_run(folder: Path, *, paired: bool = True) -> Path:
+def write_run(folder: Path, *, paired: bool = True, shape: Shape | None = None) -> Path:
     """Write the whole folder; the same for the same arguments."""
+    shape = shape or Shape()
     rng = random.Random(7)
     log = RunLog(folder)
     store.write_text_atomic(folder / "recipe.yaml", RECIPE)
@@ -38,8 +38,8 @@ def write_run(folder: Path, *, paired: bool = True) -> Path:
         pairs = [pair(arm, i) for i in range(24)]
         store.write_preferences(folder / "data" / arm, pairs, build_manifest(arm))
         _training(log, arm, number, pairs, rng)
-        for step in range(0, STEPS + 1, EVERY):
-            _probes(log, arm, number, step, rng)
+        for step in range(0, STEPS + 1, STEPS // (shape.passes - 1)):
+            readings.write(log, arm, number, step, shape)
     _probe_set(folder)
     _evals(folder, heldout, rng)
     log.event(ARMS[0], "resumed", step=60)
@@ -182,122 +182,6 @@ def _training(
         one = pairs[step % len(pairs)]
         row = {"id": one.id, "loss": 0.5, "margin": margin, "chosen_logps": -31.0}
         log.pairs(arm, step, [{**row, "rejected_logps": -40.0, "ref_chosen_logps": -30.0}])
-
-
-def _probes(log: RunLog, arm: str, number: int, step: int, rng: random.Random) -> None:
-    log.probe(arm, step, "attention_grounding", _grounding(step, rng))
-    log.probe(arm, step, "neuron_drift", _drift(step, rng))
-    log.probe(arm, step, "image_reliance", _reliance(step, number, rng))
-    log.probe(arm, step, "attention_maps", _maps(step, rng))
-
-
-def _row(step: int, probe: str, metric: str, side: str, value: float, **more: Any) -> Row:
-    return {
-        "step": step,
-        "probe": probe,
-        "metric": metric,
-        "side": side,
-        "record": "",
-        "layer": -1,
-        "head": -1,
-        "group": "",
-        "value": value,
-        "noise": math.nan,
-        "n": 40,
-        **more,
-    }
-
-
-def _grounding(step: int, rng: random.Random) -> Iterator[Row]:
-    name, done = "attention_grounding", step / STEPS
-    for metric, group, low, gain in (
-        ("image_mass", "real", 0.3, 0.15),
-        ("image_mass", "absent", 0.15, 0.02),
-        ("image_mass", "response", 0.2, 0.05),
-        ("box_lift", "real", 1.4, 1.1),
-    ):
-        for side in ("base", "adapted", "delta"):
-            value = {"base": low, "adapted": low + gain * done, "delta": gain * done}[side]
-            whole = (("", value), ("_lo", value - 0.03), ("_hi", value + 0.03))
-            for end, number in whole:
-                noise = 0.004 if side == "delta" and not end else math.nan
-                yield _row(step, name, metric + end, side, number, group=group, noise=noise)
-            for layer in range(LAYERS):
-                for head in range(HEADS):
-                    at = value * (0.4 + 1.2 * rng.random())
-                    yield _row(step, name, metric, side, at, group=group, layer=layer, head=head)
-                if side != "delta":
-                    for i in range(6):
-                        record = f"microworld-train-{i}/ha_dpo"
-                        at = value * (0.8 + 0.4 * rng.random())
-                        yield _row(
-                            step,
-                            name,
-                            metric,
-                            side,
-                            at,
-                            group=group,
-                            layer=layer,
-                            record=record,
-                            n=3,
-                        )
-
-
-def _drift(step: int, rng: random.Random) -> Iterator[Row]:
-    done = step / STEPS
-    for group, size in (("image", 0.3), ("prompt", 0.6), ("response", 1.0)):
-        for metric, most in (("rms", 0.4), ("offset", 0.1), ("firing_rate_change", 0.05)):
-            for layer in range(-1, LAYERS):
-                value = most * size * done * (0.5 + 0.2 * layer) + 0.002 * rng.random()
-                more = {"layer": layer, "group": group, "noise": 0.003}
-                yield _row(step, "neuron_drift", metric, "delta", max(value, 0.0), **more)
-        for layer in range(LAYERS):
-            value = 1 - 0.1 * size * done * layer
-            yield _row(
-                step, "neuron_drift", "cka", "delta", value, layer=layer, group=group, noise=1.0
-            )
-    for layer in range(LAYERS):
-        for module in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"):
-            for metric, most in (("lora_norm", 0.05), ("lora_effective_rank", 9.0)):
-                value = most * done * rng.random()
-                yield _row(step, "neuron_drift", metric, "delta", value, layer=layer, group=module)
-
-
-def _reliance(step: int, number: int, rng: random.Random) -> Iterator[Row]:
-    done = step / STEPS
-    for view in ("blank_per_token", "swapped_per_token"):
-        for group in ("own", "chosen", "rejected"):
-            for side, value in (("base", 0.8), ("adapted", 0.8 + 0.2 * done * (1 - number))):
-                for end, at in (("", value), ("_lo", value - 0.1), ("_hi", value + 0.1)):
-                    yield _row(step, "image_reliance", view + end, side, at, group=group)
-    for metric, side, at in (
-        ("preferred", "adapted", 0.5 + 0.4 * done),
-        ("kept_blank", "delta", 0.9 - 0.3 * done),
-        ("kept_swapped", "delta", 0.8 - 0.3 * done),
-    ):
-        if side == "adapted" or step:
-            for end, value in (("", at), ("_lo", at - 0.1), ("_hi", min(at + 0.1, 1.0))):
-                yield _row(step, "image_reliance", metric + end, side, value + rng.random() * 0.01)
-
-
-def _maps(step: int, rng: random.Random) -> Iterator[Row]:
-    for i in range(6):
-        example = world.example("train", i)
-        for name, real in ((example.facts.objects[0].name, True), ("unicorn", False)):
-            for side in ("base", "adapted"):
-                values = [rng.random() ** 6 * 0.05 for _ in range(GRID * GRID)]
-                yield {
-                    "record": f"{example.id}/ha_dpo",
-                    "side": side,
-                    "completion": "own",
-                    "word": name,
-                    "start": 0,
-                    "end": len(name),
-                    "real": real,
-                    "grid_rows": GRID,
-                    "grid_cols": GRID,
-                    "values": values,
-                }
 
 
 def _probe_set(folder: Path) -> None:

@@ -17,7 +17,7 @@ from mlalign.data.reader import DataError
 from mlalign.recipe import from_dict
 from mlalign.sections import TrainSection
 from mlalign.train import preference
-from mlalign.train.heldout import split
+from mlalign.train.heldout import image_of, split
 from tests.train.pairs import make_pairs
 
 PAIRS = make_pairs(16)
@@ -55,15 +55,15 @@ def lines(file: Path) -> list[dict[str, Any]]:
 def test_split_is_by_image() -> None:
     pairs = [TokenisedPair(pair, [1], [2], [3]) for pair in PAIRS]
     twice = [TokenisedPair(dataclasses.replace(p, id=p.id + "b"), [1], [2], [3]) for p in PAIRS]
-    kept, held = split([*pairs, *twice], 0.3, 0)
+    kept, held = split([*pairs, *twice], 0.3, 0, image_of)
     assert len(kept) + len(held) == 32 and held and kept
     images = [{p.pair.image_sha256 for p in side} for side in (kept, held)]
     assert not images[0] & images[1] and len(held) == 2 * len(images[1])
-    assert {p.pair.id for p in split(twice, 0.3, 0)[1]} == {
-        p.pair.id + "b" for p in split(pairs, 0.3, 0)[1]
+    assert {p.pair.id for p in split(twice, 0.3, 0, image_of)[1]} == {
+        p.pair.id + "b" for p in split(pairs, 0.3, 0, image_of)[1]
     }
-    assert split(pairs, 0.3, 1)[1] != split(pairs, 0.3, 0)[1]
-    assert split(pairs, 0.0, 0) == (pairs, [])
+    assert split(pairs, 0.3, 1, image_of)[1] != split(pairs, 0.3, 0, image_of)[1]
+    assert split(pairs, 0.0, 0, image_of) == (pairs, [])
 
 
 def test_the_best_weights_are_kept_and_nothing_held_out_is_seen(
