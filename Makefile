@@ -12,6 +12,7 @@ PYTHON ?= $(shell for name in $(CANDIDATES); do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := mlalign data_builders tests
+WORKERS ?= 2
 
 # The deepspeed launcher starts its processes by name, so the venv stands first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -52,8 +53,9 @@ photos: $(VENV)/installed-photos
 quickstart: $(VENV)/installed
 	$(BIN)/mlalign run recipes/quickstart.yaml
 
+# Two at a time, a file each: the tests of a file share what is dear to make.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check $(SOURCES)

@@ -12,7 +12,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = "MLALIGN_SHARED_DATA"
 
 # Two cores, and often a second process of the same test: more threads only get in each other's way.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Beside another worker, one.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test may need the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

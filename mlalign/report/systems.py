@@ -168,13 +168,10 @@ def _setting(recipe: Recipe) -> dict[str, Any]:
 
 
 def _add_run(run: Path, recipe: Recipe, systems: dict[str, System]) -> None:
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    seed, arms = summary["seed"], summary["builders"]
+    arms = json.loads((run / "summary.json").read_text(encoding="utf-8"))["builders"]
     rows = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-    name = re.sub(r"-\d+(?=$|-blind$)", "", recipe.name).removesuffix("-blind")
-    for arm, sides in arms.items():
-        label = f"{name}/{arm}" if len(arms) > 1 else name
-        label += ", blind" if recipe.train.blank_images else ""
+    for arm, label, seed in labels(run, recipe):
+        sides = arms[arm]
         system = systems.setdefault(label, System(label))
         if seed in system.seeds():
             raise SystemsError(f"{run}: {label} has seed {seed} twice. Leave one of the runs out")
@@ -191,6 +188,18 @@ def _add_run(run: Path, recipe: Recipe, systems: dict[str, System]) -> None:
             last = next((row for row in reversed(of_arm) if is_number(row.get(key))), {})
             system.add(key, seed, last.get(key))
             system.add(f"{key}/base", seed, last.get(f"{key}/base"))
+
+
+def labels(run: Path, recipe: Recipe | None = None) -> list[tuple[str, str, int]]:
+    """(arm, label of its system, seed) of every arm that a run has a summary of."""
+    recipe = recipe or load(run / "recipe.yaml")
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    name = re.sub(r"-\d+(?=$|-blind$)", "", recipe.name).removesuffix("-blind")
+    blind = ", blind" if recipe.train.blank_images else ""
+    arms = summary["builders"]
+    return [
+        (arm, (f"{name}/{arm}" if len(arms) > 1 else name) + blind, summary["seed"]) for arm in arms
+    ]
 
 
 def _cell(system: System, key: str, metric: Metric) -> str:
