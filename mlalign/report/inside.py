@@ -89,7 +89,8 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """Rank correlation; NaN for fewer than three, or where either side does not vary."""
     if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
         return float("nan")
-    return float(stats.spearmanr(x, y).statistic)
+    found: Any = stats.spearmanr(x, y)
+    return float(found.statistic)
 
 
 def interval(x: Sequence[float], y: Sequence[float], seed: int = 0) -> tuple[float, float]:

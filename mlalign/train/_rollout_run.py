@@ -16,6 +16,7 @@ from mlalign.models.loading import load_vlm, lora_config
 from mlalign.recipe import Recipe
 from mlalign.records import Example
 from mlalign.runlog import RunLog
+from mlalign.sections import LoraSection
 from mlalign.train import checkpoints, launch
 from mlalign.train import watching as watch
 from mlalign.train._arguments import shared_arguments
@@ -43,6 +44,7 @@ def run_groups(
     """
     folder = run / arm
     examples = examples_of(recipe, run / "data" / arm)
+    adapter = adapter_of(recipe)
     _fits(recipe, settings)
     launch.join(recipe.launch)
     arguments = config(
@@ -57,7 +59,7 @@ def run_groups(
     log = RunLog(run, enabled=arguments.process_index == 0)
     vlm = load_vlm(recipe.model)
     torch.manual_seed(recipe.seed)  # the adapter's first weights
-    vlm.model = get_peft_model(vlm.model, lora_config(recipe.model.adapter, vlm))
+    vlm.model = get_peft_model(vlm.model, lora_config(adapter, vlm))
     score = _reward_model(settings, vlm, recipe)
     roller = Roller(vlm, build_rewards(settings, recipe, vlm, score), settings, recipe.seed)
     made = trainer(
@@ -115,18 +117,18 @@ def resume(trainer: Any, folder: Path, log: RunLog, arm: str) -> None:
     trainer.train(resume_from_checkpoint=str(last) if last else None)
 
 
-def refuse_full(recipe: Recipe) -> None:
-    """Raises DataError for full fine-tuning, which leaves no reference behind."""
+def adapter_of(recipe: Recipe) -> LoraSection:
+    """The adapter. Raises DataError for full fine-tuning, which leaves no reference behind."""
     if recipe.model.adapter == "none":
         raise DataError(
             f"model.adapter: none, but {recipe.train.algorithm.name} keeps its reference as the "
             "model without its adapter. Give model.adapter: {rank: 64, alpha: 128}"
         )
+    return recipe.model.adapter
 
 
 def _fits(recipe: Recipe, settings: Any) -> None:
     """What would train on something else than was sampled, or only later fail."""
-    refuse_full(recipe)
     every = recipe.train.save_every
     if every % settings.iterations:
         raise DataError(

@@ -40,7 +40,8 @@ class OnlineTrainer(GroupTrainer):
         with self._sampling():
             completions = self.roller.sample(examples, self.state.global_step)
         rollout = scored(self.roller, completions, self.accelerator.num_processes)
-        size, parts = self.num_generations, self.args.steps_per_generation
+        arguments: Any = self.args
+        size, parts = self.roller.sampling.group, arguments.steps_per_generation
         pairs = _extremes(rollout.total_R, size)
         tied_G = equal_groups(rollout.total_R, size)
         self._report(rollout, {"online/ties": float(tied_G.double().mean())})

@@ -113,7 +113,7 @@ class PpoTrainer(SavesTrained, Sealed, Trainer):
         self._queue: list[_Part] = []
         self._passes = 0
         self._found: dict[str, list[float]] = defaultdict(list)
-        super().__init__(*args, data_collator=list, **kwargs)
+        super().__init__(*args, data_collator=_as_it_is, **kwargs)
         rows = settings.rollout * settings.group
         self.parts = rows // (
             self.args.per_device_train_batch_size * self.accelerator.num_processes
@@ -122,8 +122,9 @@ class PpoTrainer(SavesTrained, Sealed, Trainer):
 
     def get_train_dataloader(self) -> Any:
         """A rollout's prompts at a time, each ``group`` times in a row."""
+        rows: Any = self.train_dataset
         return self._get_dataloader(
-            dataset=self.train_dataset,
+            dataset=rows,
             description="Training",
             batch_size=self._train_batch_size * self.parts,
             sampler_fn=self._sampler,
@@ -227,9 +228,7 @@ class PpoTrainer(SavesTrained, Sealed, Trainer):
             reference_RT=reference,
             values_RT=values,
             mask_RT=rollout.mask_RT.to(policy.device),
-            reduce=lambda value: self.accelerator.reduce(
-                value.to(self.accelerator.device), reduction="sum"
-            ).cpu(),
+            reduce=self._sum,
         )
         self._report(rollout, credit.metrics)
         parts = []
@@ -285,6 +284,12 @@ class PpoTrainer(SavesTrained, Sealed, Trainer):
         ):
             yield
 
+    def _sum(self, value: Tensor) -> Tensor:
+        """Sum over processes."""
+        moved = value.to(self.accelerator.device)
+        summed: Any = self.accelerator.reduce(moved, reduction="sum")
+        return summed.cpu()
+
     def _report(self, rollout: Rollout, credit: dict[str, float]) -> None:
         own = columns(rollout.combined)
         own["completions/mean_length"] = [float(len(c.token_ids)) for c in rollout.completions]
@@ -297,6 +302,10 @@ class PpoTrainer(SavesTrained, Sealed, Trainer):
             self._found[name].append(value)
         lines = [line for each in gather_object([table(rollout)]) for line in each]
         self.run_log.rollouts(self.arm, self.state.global_step, lines)
+
+
+def _as_it_is(rows: list[Any]) -> Any:
+    return rows
 
 
 def _wide(value_CS: Tensor, width: int) -> Tensor:

@@ -146,7 +146,7 @@ class GroupSampler(RepeatSampler):
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the data loader."""
-        self.generator.manual_seed(self.seed + epoch)
+        self.generator.manual_seed((self.seed or 0) + epoch)
 
 
 def table(rollout: Rollout) -> list[dict[str, Any]]:

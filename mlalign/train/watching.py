@@ -113,9 +113,9 @@ class Watch(TrainerCallback):
     ) -> None:
         """Keep the reward of the step."""
         if logs and isinstance(logs.get("reward"), float):
-            self.reward = logs["reward"]
+            self.reward = float(logs["reward"])
             if self.first is not None:
-                self.first.setdefault("reward", self.reward)
+                self.first.setdefault("reward", float(logs["reward"]))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A look where the step is a multiple of ``watch_every``."""

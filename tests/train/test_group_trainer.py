@@ -87,10 +87,11 @@ def stock(folder: Path, out: Path, kind: Any = GRPOTrainer, **keys: Any) -> Any:
     vlm = adapted(folder)
     config = GRPOConfig if kind is GRPOTrainer else RLOOConfig
     beta = keys.pop("beta", 0.0)
+    arguments: Any = config(output_dir=str(out), beta=0.0, **{**COMMON, **keys})
     trainer = kind(
         model=vlm.model,
         reward_funcs=[lambda **_: [0.0]],
-        args=config(output_dir=str(out), beta=0.0, **{**COMMON, **keys}),
+        args=arguments,
         train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": "a"}]] * 4}),
         processing_class=vlm.processor,
     )

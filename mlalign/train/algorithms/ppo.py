@@ -28,7 +28,7 @@ from mlalign.train import watching as watch
 from mlalign.train._arguments import shared_arguments
 from mlalign.train._rewarding import RewardSettings, reward_folder
 from mlalign.train._rewarding import build as build_rewards
-from mlalign.train._rollout_run import examples_of, prompt_rows, refuse_full, resume
+from mlalign.train._rollout_run import adapter_of, examples_of, prompt_rows, resume
 from mlalign.train.ppo_trainer import POLICY, VALUE, ActorCritic, PpoTrainer
 from mlalign.train.preference import add_probes
 from mlalign.train.reward_scorer import RewardScorer
@@ -66,14 +66,14 @@ class Ppo:
         LaunchError before the first step."""
         own, folder = self.settings, run / arm
         examples = examples_of(recipe, run / "data" / arm)
-        refuse_full(recipe)
+        adapter = adapter_of(recipe)
         self._fits(recipe, len(examples))
         launch.join(recipe.launch)
         arguments = TrainingArguments(**shared_arguments(recipe, folder, per=own.group))
         log = RunLog(run, enabled=arguments.process_index == 0)
         vlm = load_vlm(recipe.model)
         torch.manual_seed(recipe.seed)
-        vlm.model = get_peft_model(vlm.model, lora_config(recipe.model.adapter, vlm))
+        vlm.model = get_peft_model(vlm.model, lora_config(adapter, vlm))
         model, score = self._adapters(recipe, vlm)
         roller = Roller(vlm, build_rewards(own, recipe, vlm, score), own, recipe.seed)
         trainer = PpoTrainer(
@@ -108,7 +108,7 @@ class Ppo:
         folder, peft = reward_folder(self.settings), vlm.model
         score = None if folder is None else RewardScorer(vlm, folder, recipe.train.attention)
         if folder is None:
-            peft.add_adapter(VALUE, lora_config(recipe.model.adapter, vlm))
+            peft.add_adapter(VALUE, lora_config(adapter_of(recipe), vlm))
         else:
             peft.load_adapter(str(folder), VALUE, is_trainable=True)
         model = ActorCritic(peft)
