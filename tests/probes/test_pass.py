@@ -222,12 +222,10 @@ def bare(record: ProbeRecord) -> ProbeRecord:
     return replace(record, facts=facts, rejected=record.own)
 
 
-@pytest.mark.parametrize("kind", ["bare", "no words", "one", "one image"])
+@pytest.mark.parametrize("kind", ["bare", "no words", "one"])
 def test_every_probe_runs_over_a_poor_set(kind: str) -> None:
     vlm = tiny.with_lora(tiny.new_vlm(), b_std=0.2)
-    records = tiny.records(1 if kind.startswith("one") else 3)
-    if kind == "one image":
-        records = [records[0], replace(records[0], id="again")]
+    records = tiny.records(1 if kind == "one" else 3)
     if kind == "bare":
         records = [bare(record) for record in records]
     if kind == "no words":
@@ -241,7 +239,6 @@ def test_every_probe_runs_over_a_poor_set(kind: str) -> None:
         "bare": ["no box", "no word for an absent"],
         "no words": ["no word for a real", "no word for an absent"],
         "one": ["one record", "one image"],
-        "one image": ["one image"],
     }[kind]
     assert len(probes.notes) == len(wanted), probes.notes
     for text in wanted:
@@ -279,7 +276,8 @@ def poison(vlm: Any, layer: int, row_of: str) -> Any:
 
 def test_activations_that_are_not_finite_are_named_and_stay_nan() -> None:
     vlm = tiny.with_lora(tiny.new_vlm(), b_std=0.2)
-    clean = tiny.new_pass(vlm, suite(), count=4).run(0)
+    named = [probe for probe in suite() if probe.name in NAMES]
+    clean = tiny.new_pass(vlm, named, count=4).run(0)
     before_bad, bad = (record.id for record in tiny.records(4)[1:3])
     hooks = poison(vlm, 1, bad)
     probes = tiny.new_pass(vlm, suite(), count=4, strict=False)

@@ -43,7 +43,9 @@ def test_a_stopped_run_resumes_to_the_same_end(
 @pytest.fixture(scope="module")
 def alone(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The log of a run by one process."""
-    return _launched(_recipe(tiny_llava, 3, 1, 0), tmp_path_factory.mktemp("one"))
+    folder = tmp_path_factory.mktemp("one")
+    _train(_recipe(tiny_llava, 3, 1, 0), folder)
+    return _steps(folder)
 
 
 @pytest.mark.parametrize("zero", [2, 3])
@@ -142,5 +144,9 @@ def _launched(raw: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return _steps(folder)
+
+
+def _steps(folder: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / "runs/run/metrics.jsonl").open()]
     return [row for row in rows if "loss" in row]

@@ -115,15 +115,10 @@ def test_a_stopped_run_resumes_to_the_same_end(
 
 
 def test_two_processes_train_as_one(tiny_llava: Path, reward_model: Path, tmp_path: Path) -> None:
-    rows = []
-    for processes, zero in ((1, 0), (2, 2)):
-        raw = _recipe(tiny_llava, 2, reward_model)
-        raw["launch"] = {
-            "launcher": "none" if processes == 1 else "deepspeed",
-            "processes": processes,
-            "zero": zero,
-        }
-        rows.append(_launched(raw, tmp_path / str(processes)))
+    _train(_recipe(tiny_llava, 2, reward_model), tmp_path / "one")
+    raw = _recipe(tiny_llava, 2, reward_model)
+    raw["launch"] = {"launcher": "deepspeed", "processes": 2, "zero": 2}
+    rows = [_steps(tmp_path / "one"), _launched(raw, tmp_path / "two")]
     assert [r["reward"] for r in rows[1] if "reward" in r] == pytest.approx(
         [r["reward"] for r in rows[0] if "reward" in r], abs=1e-5
     )
@@ -233,5 +228,9 @@ def _launched(raw: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return _steps(folder)
+
+
+def _steps(folder: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / "runs/run/metrics.jsonl").open()]
     return [row for row in rows if "loss" in row]
