@@ -8,7 +8,7 @@ the completions of a prompt over micro-batches.
 
 Private names of TRL that this file touches, each asserted by a test: ``_prepare_inputs``,
 ``_get_train_sampler``,
-``_get_per_token_logps_and_entropies``, ``_compute_loss``, ``_step``, ``_metrics``.
+``_get_per_token_logps_and_entropies``, ``_compute_loss``; ``_step`` and ``_metrics`` by use.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ each the mean over the tokens of the whole optimiser step (``mlalign.credit.loss
 the names of TRL's former PPO trainer. The two adapters take turns in one pass, which activation
 checkpointing cannot repeat: it is off.
 
-Private names of transformers that this file touches, each asserted by a test: ``_get_dataloader``,
+Private names of transformers that this file touches: ``_get_dataloader``, asserted by a test, and
 ``_train_batch_size``.
 """
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from mlalign.branching.logps import completion_logps
@@ -267,6 +268,19 @@ def test_micro_batches_hold_whole_groups(tiny_llava: Path, tmp_path: Path) -> No
         heads += names
     assert sorted(heads) == sorted(e.id for e in trainer.examples)
     assert heads != [e.id for e in trainer.examples]  # shuffled, by group
+
+
+def test_the_private_names_that_are_touched_are_there() -> None:
+    for kind in (GRPOTrainer, RLOOTrainer):
+        for name in (
+            "_prepare_inputs",
+            "_get_train_sampler",
+            "_get_per_token_logps_and_entropies",
+            "_compute_loss",
+            "_save_checkpoint",
+        ):
+            assert callable(getattr(kind, name)), (kind, name)
+    assert callable(Trainer._get_dataloader)
 
 
 def test_scattered_groups_are_refused() -> None:

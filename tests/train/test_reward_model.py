@@ -190,6 +190,23 @@ def test_trains_resumes_and_reloads(tiny_llava: Path, tmp_path: Path) -> None:
     assert json.loads((adapter / "reward_model.json").read_text())["form"] == "answer"
 
 
+def test_micro_batches_add_up_to_the_step(tiny_llava: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs"
+    store.write_preferences(pairs, make_pairs(12), {})
+    trained = []
+    for size in (4, 1):
+        raw = _recipe(tiny_llava, pairs, 2)
+        raw["train"] |= {"micro_batch_size": size, "save_every": 0}
+        raw["train"]["algorithm"]["heldout"] = 0.0
+        # The gradient's norm shows a loss that is scaled wrongly; Adam's steps would hide it.
+        raw["train"]["max_grad_norm"] = 1e9
+        trainer = _train(raw, tmp_path / str(size))
+        lines = [json.loads(line) for line in (tmp_path / str(size) / "metrics.jsonl").open()]
+        trained.append([row["grad_norm"] for row in lines if "grad_norm" in row])
+        assert trainer.state.global_step == 2
+    assert trained[0] == pytest.approx(trained[1], rel=1e-3)
+
+
 def test_a_model_without_an_adapter_is_refused(tiny_llava: Path, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs"
     store.write_preferences(pairs, make_pairs(4), {})

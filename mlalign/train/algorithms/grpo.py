@@ -42,7 +42,6 @@ class Grpo:
     """The algorithm."""
 
     Settings = Settings
-    wants = "prompts"
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

@@ -44,7 +44,6 @@ class OnlineDpo:
     """The algorithm."""
 
     Settings = Settings
-    wants = "prompts"
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

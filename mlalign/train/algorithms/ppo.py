@@ -56,7 +56,6 @@ class Ppo:
     """The algorithm."""
 
     Settings = Settings
-    wants = "prompts"
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
