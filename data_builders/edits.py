@@ -13,13 +13,17 @@ decided:
                        the side that has them
     order              the chosen answer first: the sides swapped may align in another way
 
-Not here: alignment over prompt, image tokens and padding, which the released code has.
+The released code compares whole rows instead: prompt and image tokens stand before both answers.
+They are equal, so they add no edit; but a row of 200 units or more turns difflib's autojunk on, and
+what occurs often in it no longer anchors a match, which makes edits longer. ``before`` does the
+same by words. Not here: the padding behind the answers, and ids instead of words.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from mlalign.records import Segment
@@ -40,18 +44,25 @@ class Block(NamedTuple):
 
 
 def edit_segments(
-    chosen: str, rejected: str, *, min_match: int = 3, one_sided: bool = False
+    chosen: str,
+    rejected: str,
+    *,
+    min_match: int = 3,
+    one_sided: bool = False,
+    before: Sequence[str] | None = None,
 ) -> tuple[Segment, ...]:
     """Segments of weight 1 over the edited words of both sides, in text order.
 
     ``min_match``: fewest words between two edits that count as unchanged; 1 joins nothing.
-    ``one_sided``: mark also an edit that has words on one side only. Raises ValueError for a
-    ``min_match`` below 1.
+    ``one_sided``: mark also an edit that has words on one side only. ``before``: compare as the
+    released code does, with these units before both answers (module's first lines). Raises
+    ValueError for a ``min_match`` below 1.
     """
     ours = [m.span() for m in _WORD.finditer(chosen)]
     theirs = [m.span() for m in _WORD.finditer(rejected)]
     found = []
-    for block in edit_blocks(words(chosen), words(rejected), min_match=min_match):
+    blocks = edit_blocks(words(chosen), words(rejected), min_match=min_match, before=before)
+    for block in blocks:
         (a0, a1), (b0, b1) = block
         if not one_sided and (a0 == a1 or b0 == b1):
             continue
@@ -70,18 +81,34 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
-def edit_blocks(chosen: list[str], rejected: list[str], *, min_match: int = 3) -> list[Block]:
-    """The edits between two lists of words, short matches between them joined into them."""
+def edit_blocks(
+    chosen: Sequence[str],
+    rejected: Sequence[str],
+    *,
+    min_match: int = 3,
+    before: Sequence[str] | None = None,
+) -> list[Block]:
+    """The edits between two lists of words, short matches between them joined into them.
+
+    ``before``: units that stand before both, with autojunk on; None: none, and autojunk off.
+    """
     if min_match < 1:
         raise ValueError(f"min_match is {min_match}: give the words of the shortest match, 1 or up")
-    matcher = difflib.SequenceMatcher(a=chosen, b=rejected, autojunk=False)
+    rows = ([*(before or ()), *side] for side in (chosen, rejected))
+    matcher = difflib.SequenceMatcher(None, *rows, autojunk=before is not None)
     blocks: list[Block] = []
     for tag, a0, a1, b0, b1 in matcher.get_opcodes():
         if tag == "equal":
             continue
         if blocks and a0 - blocks[-1].chosen[1] < min_match:
-            before = blocks.pop()
-            blocks.append(Block((before.chosen[0], a1), (before.rejected[0], b1)))
+            last = blocks.pop()
+            blocks.append(Block((last.chosen[0], a1), (last.rejected[0], b1)))
         else:
             blocks.append(Block((a0, a1), (b0, b1)))
-    return blocks
+    # Positions are of the row. An edit that begins before the answers is cut to them.
+    skip = len(before or ())
+    cut = [
+        Block(*((max(0, start - skip), max(0, end - skip)) for start, end in block))
+        for block in blocks
+    ]
+    return [block for block in cut if any(end > start for start, end in block)]

@@ -13,10 +13,13 @@ from typing import Any
 
 from pydantic import Field
 
-from data_builders.edits import edit_segments
+from data_builders.edits import edit_segments, words
 from data_builders.sources._fields import image_of, json_of, question_of, text_of, told
 from data_builders.sources._released import PairSource, Released
 from mlalign.records import Preference, Skip
+
+IMAGE_TOKEN = "<image>"
+"""No word of an answer."""
 
 
 class Settings(Released):
@@ -28,6 +31,10 @@ class Settings(Released):
     """Fewest words between two edits that count as unchanged."""
     one_sided: bool = False
     """Mark also words that were only added or only taken away; the released code does not."""
+    as_released: bool = False
+    """Compare whole rows as the released code does, with difflib's autojunk; edits get longer."""
+    image_tokens: int = Field(default=576, ge=0)
+    """Image tokens of such a row."""
 
 
 class RlhfV(PairSource):
@@ -48,6 +55,9 @@ class RlhfV(PairSource):
         chosen, rejected = (text_of(said, side, record_id) for side in ("chosen", "rejected"))
         given = row.get("image") if row.get("image") is not None else row.get("image_path")
         image, digest = image_of(given, record_id, settings.images)
+        row_start = None
+        if settings.as_released:
+            row_start = [IMAGE_TOKEN] * settings.image_tokens + words(prompt)
         yield Preference(
             id=record_id,
             image=image,
@@ -56,7 +66,11 @@ class RlhfV(PairSource):
             chosen=chosen,
             rejected=rejected,
             segments=edit_segments(
-                chosen, rejected, min_match=settings.min_match, one_sided=settings.one_sided
+                chosen,
+                rejected,
+                min_match=settings.min_match,
+                one_sided=settings.one_sided,
+                before=row_start,
             ),
             origin=self.origin(
                 row=row.get("idx"),

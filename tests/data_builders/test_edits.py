@@ -135,3 +135,39 @@ def test_identical_answers_have_no_segment():
 def test_min_match_below_one_is_refused():
     with pytest.raises(ValueError, match="min_match is 0"):
         edit_segments("a b", "a c", min_match=0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sentences, sentences, st.integers(1, 4))
+def test_a_short_row_is_compared_as_without_what_stands_before(chosen, rejected, min_match):
+    """Under 200 units autojunk is off, and what is equal on both sides adds no edit."""
+    ours, theirs = words(chosen), words(rejected)
+    start = ["describe", "this", "image", "."]
+    plain = edit_blocks(ours, theirs, min_match=min_match)
+    assert edit_blocks(ours, theirs, min_match=min_match, before=[]) == plain
+    found = edit_blocks(ours, theirs, min_match=min_match, before=start)
+    assert bool(found) == bool(plain) == (ours != theirs)
+
+
+def test_a_whole_row_makes_common_words_no_anchor():
+    """As in the released code: between two edits stands a run of words that are popular in the row,
+    so nothing anchors it there and the edits become one; by words alone they are two."""
+    filler = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    popular = ["a", "b", "c", "d"]
+    chosen = ["x1", *popular, "y1", *filler, *(popular * 12)]
+    rejected = ["x2", *popular, "y2", *filler, *(popular * 12)]
+    before = ["<image>"] * 576 + ["describe", "this", "image"]
+    apart = edit_blocks(chosen, rejected)
+    joined = edit_blocks(chosen, rejected, before=before)
+    assert apart == [((0, 1), (0, 1)), ((5, 6), (5, 6))]
+    assert joined == [((0, 6), (0, 6))]
+    # The same from difflib's own opcodes over the rows.
+    matcher = difflib.SequenceMatcher(None, before + chosen, before + rejected)
+    changed = [op for op in matcher.get_opcodes() if op[0] != "equal"]
+    assert [(a0 - 579, a1 - 579) for _, a0, a1, _, _ in changed] == [(0, 6)]
+
+
+def test_spans_are_of_the_answers():
+    text, other = "a red dog sits near two cats", "a red dog sits near two men"
+    found = edit_segments(text, other, before=["<image>"] * 576 + ["describe"])
+    assert [(s.side, s.start, s.end) for s in found] == [("chosen", 24, 28), ("rejected", 24, 27)]

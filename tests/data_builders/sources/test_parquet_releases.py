@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from data_builders.sources import rlhf_v as source
 from data_builders.sources._released import SourceError
 from data_builders.sources.rlaif_v import METHOD as RLAIF_V
 from data_builders.sources.rlhf_v import METHOD as RLHF_V
@@ -60,6 +61,18 @@ def test_rlhf_v_rows(corrections: Path, tmp_path: Path) -> None:
         "rlhf_v-9": "text: missing",
     }
     check_details(records, corrections)
+
+
+def test_rlhf_v_as_released_compares_the_row(corrections: Path, tmp_path: Path) -> None:
+    """What stands before the answers: image tokens, then the words of the row's question."""
+    images = pictures(tmp_path / "images", "empty")
+    seen: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "edit_segments", lambda *a, before, **k: seen.append(before) or ())
+        read(rlhf_v(corrections, images=str(images), as_released=True, image_tokens=3))
+        rows, _ = len(seen), read(rlhf_v(corrections, images=str(images)))
+    assert seen[0] == ["<image>"] * 3 + ["What", "is", "shown", "?"]
+    assert seen[rows:] == [None] * rows
 
 
 def test_rlhf_v_one_sided_edits(corrections: Path, tmp_path: Path) -> None:
