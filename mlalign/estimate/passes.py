@@ -9,9 +9,11 @@ A pass makes rows of one prefix and three answers of every record and runs, for 
     2 D V for each state that a probe reads through the head
 
 The base side runs whole in the first pass; afterwards only for probes of activations, which are too
-large to keep, and without an adapter not at all. The first batch is run once more on the adapted
-side, for the noise floor. Not counted: what probes do with what they are shown beside these (sums,
-statistics), as norms and activations are not counted of a step.
+large to keep, and without an adapter not at all. Where the first pass comes before the first step
+of a fresh LoRA both sides are one model, and one is run: what is said of it here is its most. The
+first ``REPEATED`` records are run once more on the adapted side, for the noise floor. Not counted:
+what probes do with what they are shown beside these (sums, statistics), as norms and activations
+are not counted of a step.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from mlalign.recipe import Recipe, configure
 
 ANSWERS = 3
 """Completions of a probe row: own, chosen, rejected."""
+REPEATED = 4
+"""Records that are run once more."""
 PIXELS = frozenset({"blank", "swapped", "noised"})
 """Needs that are a forward with other pixels."""
 ROW_BACKWARD = 2.0
@@ -103,7 +107,7 @@ def one_pass(
     whole = side_of(probes, geometry, rows)
     again = [probe for probe in probes if "hidden" in probe.needs and adapter is not None]
     adapted = side(geometry, rows, whole, adapter)
-    total = adapted * (records + min(batch_size, records))
+    total = adapted * (records + min(batch_size, records, REPEATED))
     if first:
         total += side(geometry, rows, whole, None) * records
     elif again:
@@ -120,7 +124,7 @@ class Cost:
     rare: float
     """A pass of all probes: the last, and those at checkpoints."""
     first: float
-    """The first pass, which reads the base as well."""
+    """The first pass, which reads the base as well, where it is another model than the adapted."""
     every: int | None
     """Steps between passes, 0: only the first and the last; None: by time."""
     step: float

@@ -113,7 +113,7 @@ def _forward(
             layers = [vlm.layers[number] for number in blocks_of(view, len(vlm.layers))]
             stack.enter_context(hide_columns(layers, batch.image_RT))
         stack.enter_context(capture(modules, inputs=inputs, reduce=see))
-        logps = completion_logps(vlm.model, rows, finite=False)
+        logps = completion_logps(vlm.model, rows, attention=batch.attention, finite=False)
     show(asked, "logps", view, logps)
     return list(_faults(batch, view, torch.stack(finite).cpu(), logps))
 
@@ -164,10 +164,10 @@ def _gradients(vlm: VLM, batch: ProbeBatch, rows: PrefixBatch, show: Show) -> li
     last = len(COMPLETIONS) - 1
     finite_R = torch.ones(len(batch.items), dtype=torch.bool, device=vlm.device)
     with frozen(vlm.model), torch.enable_grad():
-        inputs_RTD, logps_CS = _graph(vlm, rows)
+        inputs_RTD, logps_CS = _graph(vlm, rows, batch.attention)
         for number in range(len(COMPLETIONS)):
             if number and not once:
-                inputs_RTD, logps_CS = _graph(vlm, rows)
+                inputs_RTD, logps_CS = _graph(vlm, rows, batch.attention)
             total = logps_CS[number :: len(COMPLETIONS)].sum()
             keep = once and number < last
             (found_RTD,) = torch.autograd.grad(total, inputs_RTD, retain_graph=keep)
@@ -178,7 +178,7 @@ def _gradients(vlm: VLM, batch: ProbeBatch, rows: PrefixBatch, show: Show) -> li
     return [Fault(item.record.id, GRADIENT, -1) for item, finite in pairs if not finite]
 
 
-def _graph(vlm: VLM, rows: PrefixBatch) -> tuple[Tensor, Tensor]:
+def _graph(vlm: VLM, rows: PrefixBatch, attention: str = "auto") -> tuple[Tensor, Tensor]:
     """Input embeddings as the leaf of a graph, and the log-probs (C, S) at its end."""
     held: list[Tensor] = []
 
@@ -190,7 +190,7 @@ def _graph(vlm: VLM, rows: PrefixBatch) -> tuple[Tensor, Tensor]:
     language = getattr(vlm.core.model, vlm.family.language_model)
     hook = language.register_forward_pre_hook(enter, with_kwargs=True)
     try:
-        logps = completion_logps(vlm.model, rows, finite=False)
+        logps = completion_logps(vlm.model, rows, attention=attention, finite=False)
     finally:
         hook.remove()
     return held[0], logps.logps_CS

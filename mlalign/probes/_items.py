@@ -19,8 +19,10 @@ from mlalign.probes._lens import Lens
 from mlalign.probes._probe import BLANK, KNOCKOUTS, NOISED, SWAPPED, Item, ProbeBatch
 from mlalign.probes._records import COMPLETIONS, FindsObjects, ProbeRecord, mentions
 
+REPEATED = 4
+"""Records of the repeat, at most."""
 LONGER_TAIL = 8
-"""Padded tokens added for the repeated forward."""
+"""Padded tokens added for it."""
 NOISE_STEP = 500
 """Diffusion step of ``NOISED``, of 1000."""
 
@@ -84,9 +86,19 @@ def make_batch(
     )
 
 
-def rearranged(vlm: VLM, batch: ProbeBatch) -> ProbeBatch:
-    """The same items in reverse order, with a longer padded tail."""
-    return make_batch(vlm, batch.items[::-1], batch.lens, LONGER_TAIL)
+def rearranged(vlm: VLM, batch: ProbeBatch) -> tuple[ProbeBatch, ProbeBatch]:
+    """The batch's first items, as they stand in it, and the same in another batch: fewer rows, in
+    reverse order, with a longer padded tail, and attending under a T x T mask.
+
+    The same in exact arithmetic. The mask is what makes rounding show on a CPU, where a row's
+    products do not depend on the rows beside it: completions are then summed over other stretches
+    of keys. So a set of one record has its floor too. On a CPU what is read of the prefix alone
+    still comes out as exactly 0, and so does everything of a model that always attends under a mask
+    (sliding windows, image blocks): there the same bits are computed twice.
+    """
+    first = replace(batch, items=batch.items[:REPEATED])
+    again = make_batch(vlm, first.items[::-1], batch.lens, LONGER_TAIL)
+    return first, replace(again, attention="dense")
 
 
 def seeing(vlm: VLM, batch: ProbeBatch, view: str) -> PrefixBatch | None:

@@ -3,10 +3,11 @@
 For each batch of records (rows of one prefix with own, chosen and rejected answer):
 
     base      adapter off: the image and the views that are needed    kept from the first pass on,
-              where nothing large is needed; without an adapter, always kept from step 0
+              where nothing large is needed; without an adapter, always kept from step 0. Before
+              the first step it is what the adapted model is, and is not run (``_alike.py``)
     adapted   the model as it is: the same
-    repeat    first batch only: the adapted model again, rows in reverse order and with a longer
-              padded tail. Same model, same records, other batch: what differs is the noise floor
+    repeat    the first records again: the adapted model in another batch (``_items.rearranged``).
+              What differs between two runs of one model over one record is the noise floor
 
 Two tiers: a rare pass runs all probes, the others those of tier "every", and only the forwards that
 these need (``_forwards.py``). The pass is apart from training: eval mode, no gradient (so no
@@ -30,6 +31,7 @@ from mlalign.branching.attention import refuse, using
 from mlalign.branching.batch import ProbeReading
 from mlalign.models._vlm import VLM
 from mlalign.probes import _faults
+from mlalign.probes._alike import adds_nothing
 from mlalign.probes._faults import SidedFault
 from mlalign.probes._forwards import run_forwards
 from mlalign.probes._items import make_batch, make_item, rearranged
@@ -235,16 +237,18 @@ class ProbePass:
         faults: list[SidedFault] = []
         shown = tqdm(self._batches, desc="probes", leave=False, disable=not self.progress)
         reads: set[str] = set()
+        alike = adds_nothing(self.vlm)
         for number, batch in enumerate(shown):
-            base = self._base_watches(number, batch, running)
-            adapted = self._watches(batch, running, "adapted", faults)
+            base, adapted = self._sides(number, batch, running, faults, alike)
             reads |= {name for name, w in adapted.items() if type(w).logps is not Watch.logps}
             self._compare(batch, base, adapted, values)
             if number == 0:
-                again = rearranged(self.vlm, batch)
-                self._compare(
-                    batch, adapted, self._watches(again, running, "adapted", faults), noise
-                )
+                first, again = rearranged(self.vlm, batch)
+                repeat = self._watches(again, running, "adapted", faults)
+                self._compare(first, adapted, repeat, noise)
+                del repeat
+            # Gone before those of the next batch are made.
+            del base, adapted
         out: dict[str, Any] = {"values": {}, "noise": {}, "weights": {}, "reads": reads}
         for probe in running:
             # Read although the probe may have failed: other ranks may be gathering the weights.
@@ -258,18 +262,32 @@ class ProbePass:
         out["raised"] = dict(self._raised)
         return out
 
-    def _base_watches(self, number: int, batch: ProbeBatch, running: Sequence[Probe]) -> Watches:
-        """The base side: from memory where it was kept, else by forwards with the adapter off."""
+    def _sides(
+        self,
+        number: int,
+        batch: ProbeBatch,
+        running: Sequence[Probe],
+        faults: list[SidedFault],
+        alike: bool,
+    ) -> tuple[Watches, Watches]:
+        """Base and adapted. The base comes from memory where it was kept; else by forwards with
+        the adapter off, or, where both sides are ``alike``, it is the adapted one."""
         kept = self._base.setdefault(number, {})
         # Activations of every token are large: with an adapter, the base gives them again.
         large = {p.name for p in running if _has_adapter(self.vlm) and HIDDEN in p.needs}
         again = [probe for probe in running if probe.name not in kept]
         fresh: Watches = {}
-        if again:
+        if again and not alike:
             with self.vlm.adapter_off():
                 fresh = self._watches(batch, again, "base", self._base_faults)
+        found: list[SidedFault] = []
+        adapted = self._watches(batch, running, "adapted", found)
+        faults += found
+        if again and alike:
+            fresh = {p.name: adapted[p.name] for p in again if p.name in adapted}
+            self._base_faults += [fault._replace(side="base") for fault in found]
         kept |= {name: watch for name, watch in fresh.items() if name not in large}
-        return {**kept, **fresh}
+        return {**kept, **fresh}, adapted
 
     def _watches(
         self, batch: ProbeBatch, probes: Sequence[Probe], side: str, faults: list[SidedFault]

@@ -82,6 +82,8 @@ class ProbeBatch:
     """bool, on the CPU; image tokens."""
     lens: Lens | None = None
     """Where a running probe needs ``LENS``, and only during a pass: it is as large as the head."""
+    attention: str = "auto"
+    """How its rows attend (``branching.attention.choose``)."""
 
     def queries(self, row: int) -> list[Tensor]:
         """For each completion, the positions whose rows produce its tokens (t - 1, not t)."""

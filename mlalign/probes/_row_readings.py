@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlalign.branching.batch import ProbeReading
+from mlalign.probes._stats import drawn_times
 
 RESAMPLES = 1000
 TIE = 1e-4
@@ -48,10 +49,8 @@ class Words:
 
 def draws(kept_N: np.ndarray) -> np.ndarray:
     """(resamples, N): how often each record was drawn; only records that are kept are."""
-    places = np.flatnonzero(kept_N)
-    drawn_BK = np.random.default_rng(0).integers(0, len(places), (RESAMPLES, len(places)))
     weights_BN = np.zeros((RESAMPLES, len(kept_N)))
-    np.add.at(weights_BN, (np.arange(RESAMPLES)[:, None], places[drawn_BK]), 1)
+    weights_BN[:, kept_N] = drawn_times(int(kept_N.sum()), RESAMPLES)
     return weights_BN
 
 

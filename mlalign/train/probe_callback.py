@@ -22,6 +22,7 @@ from mlalign.objects import vocabulary
 from mlalign.probes import _records
 from mlalign.probes._pass import ProbeError, ProbePass
 from mlalign.probes._probe import Probe, ProbeReading, means
+from mlalign.probes._undisturbed import hand_back_memory
 from mlalign.recipe import Recipe, configure
 from mlalign.runlog import PROBES, RunLog
 from mlalign.train.cadence import Cadence, from_main, now
@@ -96,6 +97,7 @@ class ProbeCallback(TrainerCallback):
         Raises ProbeError where the pass is strict and a probe raised.
         """
         start = now()
+        hand_back_memory()
         try:
             readings = self.probes.run(step, rare=rare)
         except ProbeError as error:
@@ -108,6 +110,7 @@ class ProbeCallback(TrainerCallback):
         if self.log.enabled:
             write_pass(self.probes, readings, self.log, self.arm, step, start)
             self._remember(step, kept)
+        hand_back_memory()
         return readings
 
     def _remember(self, step: int, kept: Mapping[str, Mapping[str, np.ndarray]]) -> None:

@@ -43,6 +43,7 @@ def test_the_needs_are_those_of_the_probes() -> None:
     names = (_probe.ATTENTION, _probe.PROMPT_ATTENTION, _probe.HIDDEN, _probe.GRADIENT)
     assert names == ("attention", "prompt_attention", "hidden", "gradient")
     assert len(_items.COMPLETIONS) == passes.ANSWERS
+    assert _items.REPEATED == passes.REPEATED
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,10 @@ from mlalign.train import launch
 from tests.probes import tiny
 from tests.train.pairs import make_pairs
 
-STEPS, EVERY = 6, 3
-PASSES = [0, 3, 6]
+STEPS, EVERY = 4, 2
+PASSES = [0, 2, 4]
 PROBES = methods.names("mlalign.probes")
-RARE_PASSES = [0, 6]
+RARE_PASSES = [0, 4]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vlm.model.save_pretrained(folder / "model")
     vlm.processor.save_pretrained(folder / "model")
     store.write_preferences(folder / "pairs", make_pairs(12), {})
-    _records.save(folder / "probe_set", tiny.records(5))
+    _records.save(folder / "probe_set", tiny.records(3))
     return folder
 
 
@@ -69,7 +69,7 @@ def recipe(files: Path, name: str, probes: bool, section: dict[str, Any], **more
         "launch": section,
     }
     if probes:
-        raw["probes"] = {"methods": PROBES, "every": EVERY, "records": 5, "batch_size": 2}
+        raw["probes"] = {"methods": PROBES, "every": EVERY, "records": 3, "batch_size": 2}
     return raw
 
 
@@ -95,7 +95,7 @@ def check(folder: Path, files: Path) -> None:
         for step in RARE_PASSES if probe.tier == RARE else PASSES:
             assert stored(folder / "runs/on", probe.name, step), (probe.name, step)
     drift = {row["step"]: row["drift/rms/response"] for row in rows if "drift/cka/image" in row}
-    assert drift[0] == 0 and drift[6] > drift[3] > 0
+    assert drift[0] == 0 and drift[4] > drift[2] > 0
     check_readings(folder / "runs/on", files)
 
 

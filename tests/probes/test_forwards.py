@@ -41,7 +41,8 @@ def spied(vlm: VLM, *needs: str, **keywords: Any) -> Seen:
     """The adapted side of a pass over one batch of two records."""
     spy = Spy(needs)
     tiny.new_pass(vlm, [spy], count=2, **keywords).run(0)
-    return spy.watches[1]
+    # Before the last, which is the repeat; whether or not the base was run before it.
+    return spy.watches[-2]
 
 
 def real(seen: Seen, values_CSD: Tensor) -> Tensor:
@@ -117,7 +118,8 @@ def test_noise_is_the_same_at_every_pass_and_of_the_record() -> None:
     for step, each in enumerate(passes):
         each.run(0)
         each.run(step + 1)
-    first, *others = [s.watches[i].views[NOISED].logps_CS for s in spies for i in (1, 3)]
+    # Base and adapted are one without an adapter; every other watch is the repeat's.
+    first, *others = [s.watches[i].views[NOISED].logps_CS for s in spies for i in (0, 2)]
     assert all(torch.equal(first, other) for other in others)
     items = passes[0]._batches[0].items
     assert all(i.noised is not None for i in items) and items[0].swapped is None
@@ -163,9 +165,9 @@ def test_what_one_probe_is_shown_does_not_depend_on_another() -> None:
     beside = Spy({ATTENTION})
     every = Spy({PROMPT_ATTENTION, HIDDEN, GRADIENT, FINAL, LENS, *VIEWS[1:]}, name="every")
     tiny.new_pass(vlm, [every, beside], count=2).run(0)
-    assert torch.equal(alone.views["image"].logps_CS, beside.watches[1].views["image"].logps_CS)
+    assert torch.equal(alone.views["image"].logps_CS, beside.watches[-2].views["image"].logps_CS)
     for key, weights_HQT in alone.rows.items():
-        assert torch.equal(weights_HQT, beside.watches[1].rows[key])
+        assert torch.equal(weights_HQT, beside.watches[-2].rows[key])
 
 
 def test_thirds_cover_every_block_once() -> None:
@@ -253,7 +255,7 @@ def test_one_graph_per_completion_gives_the_same(monkeypatch: pytest.MonkeyPatch
     graph = _forwards._graph
     monkeypatch.setattr(_forwards, "_graph", lambda *a: graphs.append(1) or graph(*a))
     each = spied(vlm, GRADIENT)
-    assert len(graphs) == 3 * len(COMPLETIONS), "base, adapted and repeat"
+    assert len(graphs) == 2 * len(COMPLETIONS), "adapted and repeat"
     for number, (_, gradients_RTD) in once.slopes.items():
         assert torch.equal(gradients_RTD, each.slopes[number][1])
 
@@ -262,7 +264,7 @@ def test_rare_probes_run_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     forward = _forwards._forward
     monkeypatch.setattr(_forwards, "_forward", lambda *a: calls.append(a[3]) or forward(*a))
-    vlm = tiny.with_lora(tiny.new_vlm())
+    vlm = tiny.with_lora(tiny.new_vlm(), b_std=0.2)
     every, rare = Spy({BLANK}, name="every"), Spy({NOISED, KNOCKOUTS[0]}, RARE, "rare")
     probes = tiny.new_pass(vlm, [every, rare], count=2)
     assert {r.probe for r in probes.run(0, rare=False)} == {"every"}

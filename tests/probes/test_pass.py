@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import random
 from dataclasses import replace
@@ -89,7 +88,8 @@ def test_adapter_is_on_again() -> None:
 
 def test_forwards_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = count_forwards(monkeypatch)
-    probes = tiny.new_pass(tiny.with_lora(tiny.new_vlm()), every())
+    vlm = tiny.with_lora(tiny.new_vlm(), b_std=0.2)
+    probes = tiny.new_pass(vlm, every())
     probes.run(0)
     # Two batches: base and adapted with three views each; three views of the repeated batch.
     assert len(calls) == 2 * (3 + 3) + 3
@@ -98,7 +98,7 @@ def test_forwards_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     # Later only the base's activations are read again; its log-probs do not change.
     assert len(calls) == 2 * (3 + 1) + 3
     calls.clear()
-    tiny.new_pass(tiny.with_lora(tiny.new_vlm()), every()[:1]).run(0)
+    tiny.new_pass(vlm, every()[:1]).run(0)
     assert len(calls) == 2 * 2 + 1
 
 
@@ -379,23 +379,3 @@ def test_a_probe_that_raises_over_its_weights_is_left_out() -> None:
 
     probes = tiny.new_pass(tiny.new_vlm(), [Heavy(), Spy(name="other")], count=2, strict=False)
     assert {r.probe for r in probes.run(0)} == {"other"} and "planted" in probes.failed["spy"]
-
-
-def test_nothing_large_is_kept_between_passes() -> None:
-    vlm = tiny.with_lora(tiny.new_vlm())
-    probes = tiny.new_pass(vlm, suite(), count=4)
-    probes.run(0)
-    before = held_bytes()
-    del probes
-    # Images and boxes of the items (three of 96 x 96 each), and what watches keep by record.
-    assert before - held_bytes() < 4 * 3 * 3 * 96 * 96 * 4 * 1.5
-
-
-def held_bytes() -> int:
-    """Bytes of all tensors that live."""
-    gc.collect()
-    storages = {}
-    for each in gc.get_objects():
-        if issubclass(type(each), torch.Tensor) and each.device.type == "cpu":
-            storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
-    return sum(storages.values())

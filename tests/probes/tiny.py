@@ -22,8 +22,11 @@ from mlalign.probes._records import ProbeRecord
 LAYERS, HEADS, WIDTH, NEURONS = 3, 4, 32, 48
 
 
-def new_vlm(kv_heads: int = 2, seed: int = 0) -> VLM:
-    """A LLaVA whose weights are large enough that attention is far from uniform."""
+def new_vlm(kv_heads: int = 2, seed: int = 0, text: Any = LlamaConfig, **more: Any) -> VLM:
+    """A LLaVA whose weights are large enough that attention is far from uniform.
+
+    ``text``: config class of its language model; ``more``: further keys of that config.
+    """
     processor = new_processor()
     tokenizer = processor.tokenizer  # type: ignore[attr-defined]
     config = LlavaConfig(
@@ -35,7 +38,7 @@ def new_vlm(kv_heads: int = 2, seed: int = 0) -> VLM:
             image_size=IMAGE_SIZE,
             patch_size=PATCH_SIZE,
         ),
-        text_config=LlamaConfig(
+        text_config=text(
             vocab_size=len(tokenizer),
             hidden_size=WIDTH,
             intermediate_size=NEURONS,
@@ -46,6 +49,7 @@ def new_vlm(kv_heads: int = 2, seed: int = 0) -> VLM:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             initializer_range=0.2,
+            **more,
         ),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=IMAGE_TOKENS,
