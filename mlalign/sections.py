@@ -139,9 +139,9 @@ class TrainSection(Section):
     epochs: float | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, ge=1)
     """Optimiser steps; exactly one of epochs and steps."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the steps."""
+    """Share of the steps; constant has none."""
     weight_decay: float = Field(default=0.0, ge=0)
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -187,6 +187,8 @@ class TrainSection(Section):
             self.preferring()
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
+        if self.schedule == "constant" and self.warmup:
+            raise ValueError("schedule: constant has no warmup: write constant_with_warmup")
         if self.choose == "best" and not self.heldout:
             raise ValueError("choose: best needs heldout: a share of the pairs, e.g. 0.05")
         if self.pack_to is not None and self.layout == "padded":

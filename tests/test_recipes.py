@@ -51,6 +51,30 @@ PUBLISHED = {
     "mdpo/llava15_7b.paper": ("mdpo", 0.1, 1e-5, 32, "3 epoch", 0.1, 0.05, (64, 128, 0.0)),
     "mdpo/llava15_7b.script": ("mdpo", 0.1, 1e-5, 32, "3 epoch", 0.1, 0.05, (64, 128, 0.0)),
 }
+# Systems that learn from rewards: what lies in each folder. A reward model has a recipe of its own.
+REWARDED = {
+    "llava_rlhf": {
+        f"{model}{stage}"
+        for model in (
+            *(f"llava15_{size}.{which}" for size in ("7b", "13b") for which in ("paper", "script")),
+            "microworld",
+            "photos",
+        )
+        for stage in ("", ".reward")
+    },
+    "vigor": {
+        f"{model}{stage}"
+        for model in ("llava15_7b", "microworld", "photos")
+        for stage in ("", ".reward")
+    },
+    "claim_grpo": {"llava15_7b", "microworld", "photos"},
+}
+POLICIES = sorted(
+    f"{system}/{name}"
+    for system, names in REWARDED.items()
+    for name in names
+    if f"{name}.reward" in names
+)
 ON_DISK = sorted(p for p in FOLDER.rglob("*") if p.suffix in (".yaml", ".yml"))
 
 
@@ -226,3 +250,98 @@ def test_worlds_differ_in_method_alone(system: str, world: str, yardstick: str) 
     assert {k: getattr(ours.train, k) for k in keys} == {k: getattr(model.train, k) for k in keys}
     if world == "microworld":
         assert ours.data.examples == model.data.examples
+
+
+def test_every_rewarded_system_has_its_recipes_and_nothing_else() -> None:
+    for system, names in REWARDED.items():
+        assert {p.name.removesuffix(".yaml") for p in (FOLDER / system).glob("*.yaml")} == names
+    systems = {p.parent.name for p in ON_DISK if p.name == "photos.yaml"}
+    assert systems == {*SYSTEMS, *REWARDED}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_reads_its_own_reward_model(name: str) -> None:
+    policy, trained = (recipe.load(FOLDER / f"{name}{end}.yaml") for end in ("", ".reward"))
+    assert trained.train.algorithm.name == "reward_model"
+    (arm,) = trained.arms()
+    seed = "" if "llava15" in name else f"-{policy.seed}"
+    settings = policy.train.algorithm.settings()
+    assert settings["reward_model"] == f"runs/{trained.name}{seed}/{arm}/adapter"
+    # It shares the policy's frozen base.
+    assert policy.model == trained.model
+    form = trained.train.algorithm.settings().get("form", "answer")
+    terms = {term["name"]: term for term in settings["rewards"]}
+    assert terms["reward_model"].get("form", "answer") == form
+
+
+@pytest.mark.parametrize("name", [p for p in POLICIES if p.startswith("llava_rlhf/llava15")])
+def test_llava_rlhf_holds_the_released_values(name: str) -> None:
+    policy, trained = (recipe.load(FOLDER / f"{name}{end}.yaml") for end in ("", ".reward"))
+    script = "script" in name
+    for each in (policy, trained):
+        adapter = each.model.adapter
+        assert adapter != "none" and (adapter.rank, adapter.alpha, adapter.dropout) == (64, 16, 0)
+        assert each.seed == 42 and each.model.image == "pad" and each.train.weight_decay == 0
+        assert each.train.batch_size % (each.train.micro_batch_size * each.launch.processes) == 0
+    held, train = trained.train.algorithm.settings(), trained.train
+    assert held["facts"] and held["centering"] == 1e-3 and held["centering_form"] == "abs_mean"
+    assert (train.learning_rate, train.batch_size) == (2e-5, 32)
+    assert train.schedule == "constant_with_warmup" and train.max_length == 2048
+    assert (train.steps, train.epochs) == ((200, None) if script else (None, 1))
+    method = methods.find("mlalign.train.algorithms", "ppo")
+    own, train = method.Settings(**policy.train.algorithm.settings()), policy.train
+    assert (own.rollout, train.batch_size, own.iterations, train.epochs) == (512, 256, 2, 4)
+    assert (train.learning_rate, train.schedule, train.max_grad_norm) == (3e-5, "cosine", 1.0)
+    assert (own.clip, own.value_clip, own.vf_coef, own.max_new_tokens) == (0.2, 0.2, 0.1, 896)
+    credit = own.credit
+    assert (credit.kl_coef, credit.gamma, credit.lam, credit.reward_scale) == (0.1, 1, 1, 10)
+    assert (credit.kl, credit.as_released) == (("clamped", True) if script else ("k1", False))
+    # A checkpoint every ten rollouts.
+    assert train.save_every == 10 * own.rollout // train.batch_size * own.iterations
+    terms = {term.name: term for term in own.rewards}
+    assert {n: t.weight for n, t in terms.items()} == dict.fromkeys(
+        ("reward_model", "correctness", "length_penalty", "no_stop"), 1.0
+    )
+    assert terms["correctness"].settings() == {"scale": 2.0, "option": 1.0, "no": 0.5, "yes": 0.0}
+    assert terms["length_penalty"].settings() == {"scale": 10.0, "limit": 896}
+    assert terms["no_stop"].settings() == {"penalty": 8.0}
+
+
+def test_a_reward_models_prompt_has_a_place_for_question_and_facts() -> None:
+    shown = 0
+    for path in ON_DISK:
+        parsed = parse(path)
+        if not isinstance(parsed, recipe.Recipe) or parsed.train.algorithm.name != "reward_model":
+            continue
+        settings = parsed.train.algorithm.settings()
+        if "template" in settings:
+            filled = settings["template"].format(prompt="<question>", facts="<facts>")
+            assert filled.startswith("<question>") and filled.count("<facts>") == 1
+            shown += 1
+    assert shown == 4
+
+
+def test_vigor_learns_from_ratings_and_from_the_best_answer() -> None:
+    for world in ("llava15_7b", "microworld", "photos"):
+        policy, trained = (
+            recipe.load(FOLDER / "vigor" / f"{world}{end}.yaml") for end in ("", ".reward")
+        )
+        settings = trained.train.algorithm.settings()
+        assert (settings["form"], settings["pair_weight"]) == ("sentence", 0.0)
+        assert policy.train.algorithm.name == "online_dpo"
+        assert policy.train.preferring().name == "sft"
+        assert policy.train.algorithm.settings()["group"] == 5
+    released = recipe.load(FOLDER / "vigor" / "llava15_7b.reward.yaml").data.pairs["vigor"]
+    assert isinstance(released, recipe.MethodRef) and released.settings()["ratings"]
+
+
+@pytest.mark.parametrize("system", REWARDED)
+def test_rewarded_photos_share_the_yardstick(system: str) -> None:
+    yardstick = recipe.load(FOLDER / "photos" / "run.yaml")
+    for path in (FOLDER / system).glob("photos*.yaml"):
+        ours = recipe.load(path)
+        assert ours.model == yardstick.model and ours.data.source == yardstick.data.source
+        assert ours.launch == yardstick.launch
+        if not path.stem.endswith(".reward"):
+            assert ours.eval == yardstick.eval
+            assert ours.probes.records == yardstick.probes.records

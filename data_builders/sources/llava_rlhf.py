@@ -47,7 +47,7 @@ class LlavaRlhf(PairSource):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self._captions: dict[str, list[str]] | None = None
+        self._captions = Captions(settings.captions)
 
     def key(self, row: dict[str, Any]) -> Any:
         return row.get("id")
@@ -76,21 +76,33 @@ class LlavaRlhf(PairSource):
             prompt=joined(turns),
             chosen=chosen,
             rejected=rejected,
-            facts=Facts(captions=self._said_of(named)),
+            facts=Facts(captions=self._captions.of(named)),
             origin=self.origin(row=row.get("id"), image=named, turns=len(turns), preference=better),
         )
 
-    def _said_of(self, image: Any) -> tuple[str, ...]:
-        if self.settings.captions is None or not isinstance(image, str):
+
+class Captions:
+    """The release's ``image_to_caption.json``, read when it is first asked for."""
+
+    def __init__(self, file: str | None) -> None:
+        """``file``: None where there is none, and no image has captions."""
+        self._file = file
+        self._table: dict[str, Any] | None = None
+
+    def of(self, image: Any, prefix: str = "") -> tuple[str, ...]:
+        """What the file says of an image, by its name; with ``prefix`` "aok_" the rationales of
+        A-OKVQA. Nothing where it says nothing. Raises SourceError."""
+        if self._file is None or not isinstance(image, str):
             return ()
-        if self._captions is None:
-            file = Path(self.settings.captions).expanduser()
-            self._captions = load_json(file)
-            if not isinstance(self._captions, dict):
+        if self._table is None:
+            file = Path(self._file).expanduser()
+            self._table = load_json(file)
+            if not isinstance(self._table, dict):
                 raise SourceError(f"captions: {file} is not a mapping of file names to captions")
-        found = self._captions.get(Path(image).name, [])
+        name = prefix + Path(image).name
+        found = self._table.get(name, [])
         if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-            raise SourceError(f"captions: {Path(image).name} has no list of texts. Mend the file")
+            raise SourceError(f"captions: {name} has no list of texts. Mend the file")
         return tuple(found)
 
 

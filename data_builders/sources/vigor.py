@@ -6,14 +6,14 @@ or its JSON string, hold ``per_sentence_scores`` (sentence number -> ``Accurate`
 reasons, creativity...) and ``overall_detail_score``. The prompt is not released; ``prompt`` stands
 for it.
 
-``rated`` gives every text with its scores, for a reward model. ``pairs`` gives, of the texts of one
-image, any two whose score differs: by default the share of accurate sentences, which a longer text
-does not raise by itself. ViGoR itself learns from the ratings, not from pairs.
+``rated`` gives every text with its scores. ``pairs`` gives, of the texts of one image, any two
+whose score differs: by default the share of accurate sentences, which a longer text does not raise
+by itself. ViGoR itself learns from the ratings, not from pairs: ``ratings`` makes records for that,
+two texts of one image each, the rating of every sentence as a segment of weight 1 (accurate) or 0.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ from data_builders.sources._common import faulty
 from data_builders.sources._fields import as_mapping, image_of, json_of, number_of, text_of
 from data_builders.sources._fields import value_of as value_in
 from data_builders.sources._released import PairSource, Released, count_rows, read, rows_of
-from mlalign.records import ImageRef, Preference, Rated, RecordError, Skip, Span
+from mlalign.objects import sentences
+from mlalign.records import ImageRef, Preference, Rated, RecordError, Segment, Skip, Span
 
 TIE = "scores tie"
+DIFFER = "sentences and scores differ in number"
 ALONE = "the only usable text of its image"
-
-_SENTENCE = re.compile(r"\S.*?(?:[.!?]+[\"')\]]*(?=\s|$)|$)", re.DOTALL)
 
 
 class Settings(Released):
@@ -42,6 +42,10 @@ class Settings(Released):
     """The request that every text is taken to answer."""
     score: Literal["accuracy", "detail"] = "accuracy"
     """What decides a pair: the share of accurate sentences, or overall_detail_score."""
+    ratings: bool = False
+    """For a reward model of sentences: each text once (twice where its image has an odd number of
+    them), ties too, its sentences' ratings as segments. A text whose sentences are not as many as
+    its ratings is left out, counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,7 @@ class Vigor(PairSource):
     Settings = Settings
     name = "vigor"
     patterns = ("*.parquet", "annotations*.json", "*.jsonl", "*.json")
-    expected = frozenset({TIE, ALONE})
+    expected = frozenset({TIE, ALONE, f"annotations: {DIFFER}"})
 
     def pairs(self, limit: int | None, seed: int) -> Iterator[Preference | Skip]:
         """Pairs and skips of the first ``limit`` texts; an image's come with the last of them.
@@ -74,7 +78,10 @@ class Vigor(PairSource):
             image_id = _image_id(row)
             left[image_id] -= 1
             try:
-                waiting[image_id].append(_scored(row, record_id, self.settings.score))
+                text = _scored(row, record_id, self.settings.score)
+                if self.settings.ratings:
+                    _rated_spans(text)
+                waiting[image_id].append(text)
             except RecordError as error:
                 yield faulty(error)
             if not left[image_id]:
@@ -86,8 +93,7 @@ class Vigor(PairSource):
     def rated(self, limit: int | None = None) -> Iterator[Rated | Skip]:
         """Every text with its scores, its sentences as segments of weight 1 (accurate) or 0.
 
-        A text whose sentences are not as many as its scores is a skip: no sentence can then be
-        told to be the one that was rated.
+        A text whose sentences are not as many as its scores is a skip.
         """
         rows = chain.from_iterable(map(rows_of, self.files()))
         return read(self.name, rows, self.key, self._rated, limit, count_rows(self.files()))
@@ -103,9 +109,9 @@ class Vigor(PairSource):
                 yield Skip(id=text.id, reason=ALONE)
             return
         image, digest = _image(row, texts[-1].id, self.settings.images)
-        by = self.settings.score
-        for first, second in combinations(texts, 2):
-            if first.scores[by] == second.scores[by]:
+        by, ratings = self.settings.score, self.settings.ratings
+        for first, second in _couples(texts) if ratings else combinations(texts, 2):
+            if first.scores[by] == second.scores[by] and not ratings:
                 yield Skip(id=first.id, reason=TIE, detail=f"{first.id} and {second.id}: {by}")
                 continue
             better, worse = sorted((first, second), key=lambda text: -text.scores[by])
@@ -118,6 +124,7 @@ class Vigor(PairSource):
                     prompt=self.settings.prompt,
                     chosen=better.text,
                     rejected=worse.text,
+                    segments=_segments(better, worse) if ratings else (),
                     scores={"chosen": better.scores[by], "rejected": worse.scores[by]},
                     origin=self.origin(row=row["image_id"], texts=[better.id, worse.id], score=by),
                 )
@@ -126,10 +133,7 @@ class Vigor(PairSource):
 
     def _rated(self, row: dict[str, Any], record_id: str) -> Iterator[Rated | Skip]:
         text = _scored(row, record_id, None)
-        spans = [match.span() for match in _SENTENCE.finditer(text.text)]
-        if len(spans) != len(text.sentences):
-            problem = "sentences and scores differ in number"
-            raise RecordError(record_id, "annotations", problem, "Mend or remove the row")
+        spans = _rated_spans(text)
         image, digest = _image(row, record_id, self.settings.images)
         yield Rated(
             id=record_id,
@@ -138,8 +142,8 @@ class Vigor(PairSource):
             prompt=self.settings.prompt,
             text=text.text,
             segments=tuple(
-                Span(start=start, end=end, label="sentence", weight=_accurate(said, record_id))
-                for (start, end), said in zip(spans, text.sentences, strict=True)
+                Span(start=start, end=end, label="sentence", weight=weight)
+                for start, end, weight in spans
             ),
             scores=text.scores,
             origin=self.origin(row=row.get("image_id"), sentences=text.sentences),
@@ -168,6 +172,34 @@ def _scored(row: dict[str, Any], record_id: str, needed: str | None) -> _Scored:
         raise RecordError(record_id, "overall_detail_score", "missing", "Set score: accuracy")
     text = text_of(row, "text", record_id)
     return _Scored(id=record_id, text=text, scores=scores, sentences=sentences)
+
+
+def _rated_spans(text: _Scored) -> list[tuple[int, int, float]]:
+    """(start, end, 1 accurate or 0) of every sentence. Raises RecordError where they are not as
+    many as the ratings: no sentence can then be told to be the one that was rated."""
+    spans = sentences(text.text)
+    if len(spans) != len(text.sentences):
+        raise RecordError(text.id, "annotations", DIFFER, "Mend or remove the row")
+    return [
+        (start, end, _accurate(said, text.id))
+        for (start, end), said in zip(spans, text.sentences, strict=True)
+    ]
+
+
+def _segments(chosen: _Scored, rejected: _Scored) -> tuple[Segment, ...]:
+    sides: tuple[tuple[Literal["chosen", "rejected"], _Scored], ...]
+    sides = (("chosen", chosen), ("rejected", rejected))
+    return tuple(
+        Segment(side=side, start=start, end=end, label="sentence", weight=weight)
+        for side, text in sides
+        for start, end, weight in _rated_spans(text)
+    )
+
+
+def _couples(texts: list[_Scored]) -> list[tuple[_Scored, _Scored]]:
+    """Two after two; the last of an odd number with the one before it."""
+    couples = list(zip(texts[::2], texts[1::2], strict=False))
+    return couples + ([(texts[-2], texts[-1])] if len(texts) % 2 else [])
 
 
 def _accurate(sentence: dict[str, Any], record_id: str) -> float:

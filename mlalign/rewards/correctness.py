@@ -1,13 +1,16 @@
 """Correctness of answers to closed questions, by LLaVA-RLHF's exact rule (Sun et al., 2309.14525).
 
     reward = scale * s
-        gold an option letter   s = 1 where the answer opens with the letter and a full stop, else 0
+        gold an option letter   s = 1 where the answer opens with the letter and a full stop, or
+                                says "correct option is" and both (its A-OKVQA answers reason
+                                first), else 0
         gold "No"               s = +0.5 where the answer opens with No, -0.5 where with Yes
         gold "Yes"              s = 0, whatever is said
 
 As released, with scale 2.0: +2 for the option, +1 and -1 for the denial. A true "Yes" earns
 nothing, so the rule alone teaches to deny (the published models say yes less often); ``yes: 0.5``
-scores it likewise. The gold answer is ``facts.answer``; anything else (a caption, a word) is no
+scores it likewise. Yes and No are whole words here, in any case; there "None" and "Not" deny, too,
+and "no" does not. The gold answer is ``facts.answer``; anything else (a caption, a word) is no
 closed question: 0, counted as ``open``. An answer to a yes/no question that opens with neither gets
 0.
 """
@@ -23,6 +26,7 @@ from mlalign.rewards._reward import Completion, RewardContext, Scored
 
 _OPTION = re.compile(r"([A-Z])(?:\.(?:\s|$)|$)")
 """A gold answer that is an option: "B", "B." or "B. a dog"."""
+_STATED = "correct option is "
 _OPENING = re.compile(r"(yes|no)\b", re.IGNORECASE)
 
 
@@ -63,7 +67,9 @@ class Correctness:
         gold = (gold or "").strip()
         option = _OPTION.match(gold)
         if option:
-            return self.settings.option if text.startswith(f"{option[1]}.") else 0.0
+            letter = f"{option[1]}."
+            picked = text.startswith(letter) or f"{_STATED}{letter}" in text
+            return self.settings.option if picked else 0.0
         if gold.rstrip(".").lower() not in ("yes", "no"):
             return None
         right = gold.rstrip(".").lower()

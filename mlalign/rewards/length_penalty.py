@@ -2,9 +2,10 @@
 
     reward = -scale * (tokens / limit) * bonus                              at most 0
 
-tokens: those of the answer, end of turn included; bonus: the record's own multiplier
-(``Completion.length_bonus``, 1 unless the data say otherwise). There it is called a length bonus;
-it is a penalty. With scale 10 and limit 896 the longest answer costs 10.
+tokens: those of the answer, end of turn included; bonus: the multiplier of the record
+(``Example.length_bonus``, times ``Completion.length_bonus``; 1 unless the data say otherwise).
+There it is called a length bonus; it is a penalty. With scale 10 and limit 896 the longest answer
+costs 10.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class LengthPenalty:
         per_token = self.settings.scale / self.settings.limit
         return [
             Scored(
-                total=-per_token * len(c.token_ids) * c.length_bonus,
+                total=-per_token * len(c.token_ids) * c.example.length_bonus * c.length_bonus,
                 counts={"tokens": float(len(c.token_ids))},
             )
             for c in completions

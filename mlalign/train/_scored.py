@@ -23,9 +23,11 @@ from mlalign.branching.batch import PrefixBatch
 from mlalign.data.pictures import Pictures
 from mlalign.images import image_size
 from mlalign.models._vlm import VLM
+from mlalign.objects import sentences
 from mlalign.records import Facts, ImageRef, Preference, RecordError, Skip
-from mlalign.rewards._sentences import sentences
 
+RATED = "sentence"
+"""Label of a segment that is a sentence with its rating as weight: 1 right, 0 wrong."""
 TOO_LONG = "no completion token left after max_length"
 
 Form = Literal["answer", "sentence"]
@@ -108,8 +110,9 @@ def pair_rows(
     """A row for each pair, chosen first. A pair of which an answer would be cut is a Skip: its
     score stands at its end.
 
-    In the sentence form a sentence is rated wrong (0) where a segment of a rejected answer touches
-    it, and right (1) else; pairs without segments have no such labels.
+    In the sentence form labels are the weights of segments that are RATED sentences. In a pair that
+    has none, a sentence is wrong (0) where a segment of a rejected answer touches it, and right (1)
+    else; pairs without segments have no labels.
     """
     rows, skips = [], []
     limit = min(max_length or vlm.max_positions, vlm.max_positions)
@@ -212,6 +215,13 @@ def _last(spans: Sequence[tuple[int, int]], wanted: tuple[int, int], name: str) 
 
 def _labels(pair: Preference, asking: Asking) -> list[list[float]]:
     found = []
+    rated = {(s.side, s.start, s.end): s.weight for s in pair.segments if s.label == RATED}
+    if rated:
+        sides = (("chosen", pair.chosen), ("rejected", pair.rejected))
+        return [
+            [rated.get((side, *span), float("nan")) for span in asking.spans(text)]
+            for side, text in sides
+        ]
     for side, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         wrong = [s for s in pair.segments if s.side == side and side == "rejected"]
         found.append(

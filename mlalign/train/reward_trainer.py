@@ -2,7 +2,7 @@
 
 Per pair, with r the score of an answer (in the sentence form, the sum over its sentences):
 
-    L = - log sigmoid(r_chosen - r_rejected) + centering * C + sentence_weight * S
+    L = - pair_weight * log sigmoid(r_chosen - r_rejected) + centering * C + sentence_weight * S
 
     C   keeps scores near zero, where the pairwise term leaves them free. "square":
         (r_chosen + r_rejected)^2 of each pair (Eisenstein et al. 2312.09244; TRL's). "abs_mean":
@@ -35,6 +35,10 @@ class LossSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    pair_weight: float = Field(default=1.0, ge=0)
+    """Weight of the comparison; 0: only the ratings of sentences are learned (ViGoR), and nothing
+    is said of which answer of a pair scores higher."""
+
     centering: float = Field(default=0.0, ge=0)
     """Weight of C; LLaVA-RLHF has 1e-3."""
     centering_form: Literal["square", "abs_mean"] = "square"
@@ -51,7 +55,7 @@ def losses(
     not rated. ``completion_M``: the answer that a part belongs to.
     """
     chosen_N, rejected_N = sum_C[0::2], sum_C[1::2]
-    loss_N = -torch.nn.functional.logsigmoid(chosen_N - rejected_N)
+    loss_N = -settings.pair_weight * torch.nn.functional.logsigmoid(chosen_N - rejected_N)
     if settings.centering:
         both_N = chosen_N + rejected_N
         spread_N = (
@@ -94,6 +98,8 @@ class RewardTrainer(SavesTrained, Sealed, Trainer):
         self.vlm, self.settings, self.attention = vlm, settings, attention
         self.run_log, self.arm, self.checkpoint_facts = log, arm, checkpoint_facts
         self._sums: Tensor | None = None
+        if not settings.pair_weight:
+            self.shown = (("loss", "loss"), ("reward/sentence_accuracy", "accuracy"))
         super().__init__(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor:
@@ -148,12 +154,13 @@ class RewardTrainer(SavesTrained, Sealed, Trainer):
         if self._sums is not None and "loss" in logs:
             gathered: Any = self.accelerator.gather(self._sums[None])
             pairs, right, margin, chosen, rejected, rated, sentences = gathered.sum(0).tolist()
-            logs |= {
-                "reward/accuracy": right / pairs,
-                "reward/margin": margin / pairs,
-                "reward/chosen": chosen / pairs,
-                "reward/rejected": rejected / pairs,
-            }
+            if self.settings.pair_weight:
+                logs |= {
+                    "reward/accuracy": right / pairs,
+                    "reward/margin": margin / pairs,
+                    "reward/chosen": chosen / pairs,
+                    "reward/rejected": rejected / pairs,
+                }
             if rated:
                 logs["reward/sentence_accuracy"] = sentences / rated
             self._sums = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,6 +68,8 @@ def test_length_costs_ten_at_the_limit():
     assert totals("length_penalty", long, empty) == [-10, pytest.approx(-10 / 896)]
     half = said("a dog", length_bonus=0.5)
     assert totals("length_penalty", half, scale=4, limit=6) == [-1]
+    exempt = said("a dog", replace(example(), length_bonus=0.0))
+    assert totals("length_penalty", exempt) == [0]
 
 
 def test_an_answer_that_never_ends():
@@ -79,10 +82,12 @@ def closed(gold: str | None, *texts: str, **settings: Any) -> list[float]:
     return totals("correctness", *[said(t, example(answer=gold)) for t in texts], **settings)
 
 
-def test_correctness_of_options_is_a_prefix_test_on_letter_and_stop():
+def test_correctness_of_options_is_a_test_on_letter_and_stop():
     texts = ("B. a dog", "B.", "B", "B a dog", "A. a cat", "The answer is B.", "")
     for gold in ("B", "B.", "B. a dog"):
         assert closed(gold, *texts) == [2, 2, 0, 0, 0, 0, 0]
+    reasoned = ("It barks. So the correct option is B.", "the correct option is A. Not B.", "is B.")
+    assert closed("B", *reasoned) == [2, 0, 0]
 
 
 def test_correctness_of_yes_and_no_is_as_released():
@@ -162,14 +167,13 @@ def test_reward_model_needs_a_model():
 
 
 def test_sentences_are_cut_as_the_released_ratings_were():
-    from data_builders.sources.vigor import _SENTENCE
-    from mlalign.rewards._sentences import sentences
+    from mlalign.objects import sentences
 
-    for text in (
-        "A dog. It runs!",
-        'He said "stop." Then',
-        "3.5 m tall?! (yes.) x",
-        " \n",
-        "a\nb. c",
+    for text, cut in (
+        ("A dog. It runs!", ["A dog.", "It runs!"]),
+        ('He said "stop." Then', ['He said "stop."', "Then"]),
+        ("3.5 m tall?! (yes.) x", ["3.5 m tall?!", "(yes.)", "x"]),
+        (" \n", []),
+        ("a\nb. c", ["a\nb.", "c"]),
     ):
-        assert sentences(text) == [m.span() for m in _SENTENCE.finditer(text)]
+        assert [text[start:end] for start, end in sentences(text)] == cut

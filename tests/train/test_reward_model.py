@@ -20,7 +20,7 @@ from mlalign.images import open_image
 from mlalign.models._scalar import ScalarModel, load_head
 from mlalign.models.loading import load_vlm_from, lora_config
 from mlalign.recipe import from_dict
-from mlalign.records import Facts, RecordError
+from mlalign.records import Facts, RecordError, Segment
 from mlalign.sections import LoraSection
 from mlalign.train._scored import Asking, ScoreCollator, pair_rows
 from mlalign.train.algorithms.reward_model import METHOD, figures
@@ -86,15 +86,16 @@ def test_the_loss_in_float64() -> None:
         label[rng.random(len(label)) < 0.4] = np.nan
         form = ("square", "abs_mean")[case % 2]
         settings = LossSettings(
+            pair_weight=(1.0, 0.4, 0.0)[case % 3],
             centering=0.3,
-            centering_form=form,
-            sentence_weight=0.7,  # type: ignore[arg-type]
+            centering_form=form,  # type: ignore[arg-type]
+            sentence_weight=0.7,
         )
         sums = np.array([score[completion == c].sum() for c in range(2 * pairs)])
         both = sums[0::2] + sums[1::2]
         wanted = []
         for n in range(pairs):
-            loss = math.log1p(math.exp(-(sums[2 * n] - sums[2 * n + 1])))
+            loss = math.log1p(math.exp(-(sums[2 * n] - sums[2 * n + 1]))) * settings.pair_weight
             loss += 0.3 * (both[n] ** 2 if form == "square" else abs(both.mean()))
             own = [
                 math.log1p(math.exp(-s)) + (1 - y) * s
@@ -130,6 +131,47 @@ def test_wrong_sentences_are_those_that_a_segment_touches(scalar: Any) -> None:
     assert plain.labels is None
 
 
+def test_rated_sentences_are_labels_of_both_sides(scalar: Any) -> None:
+    vlm, _ = scalar
+    pair = _two_sentences(make_pairs(1)[0])
+    asking = Asking(form="sentence")
+    chosen, rejected = asking.spans(pair.chosen), asking.spans(pair.rejected)
+    segments = [
+        Segment(side="chosen", start=chosen[0][0], end=chosen[0][1], label="sentence", weight=0.0),
+        *(
+            Segment(side="rejected", start=start, end=end, label="sentence", weight=weight)
+            for (start, end), weight in zip(rejected, (1.0, 0.0), strict=True)
+        ),
+    ]
+    (row,), _ = pair_rows(vlm, [replace(pair, segments=tuple(segments))], asking, None)
+    assert row.labels is not None and row.labels[1] == [1.0, 0.0]
+    # Of a sentence that nobody rated nothing is learned.
+    assert row.labels[0][0] == 0.0 and math.isnan(row.labels[0][1])
+
+
+def test_ratings_alone(tiny_llava: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs"
+    made = [replace(_two_sentences(pair), segments=()) for pair in make_pairs(12)]
+    made[1:] = [_rated(pair) for pair in made[1:]]
+    store.write_preferences(pairs, made, {})
+    raw = _recipe(tiny_llava, pairs, 1)
+    raw["train"]["save_every"] = 0
+    ratings = {"form": "sentence", "pair_weight": 0.0, "heldout": 0.2}
+    raw["train"]["algorithm"] = {"name": "reward_model", **ratings}
+    _train(raw, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert any("reward/sentence_accuracy" in row for row in lines)
+    assert not any("reward/accuracy" in row or "heldout/accuracy" in row for row in lines)
+    held = json.loads((tmp_path / "run/arm/heldout.json").read_text())
+    assert {"heldout/sentence_accuracy", "heldout/sentence_right", "heldout/sentence_auc"} <= set(
+        held
+    )
+    events = (tmp_path / "run").glob("*.jsonl")
+    assert any("no sentence of it is rated" in file.read_text() for file in events)
+    with pytest.raises(ValueError, match="pair_weight: 0 leaves nothing to learn from"):
+        METHOD.Settings(pair_weight=0.0)
+
+
 def test_facts_go_into_the_prompt_and_their_absence_is_named(scalar: Any) -> None:
     vlm, _ = scalar
     pair = make_pairs(1)[0]
@@ -158,6 +200,16 @@ def test_held_out_figures() -> None:
     # Each in a bin of its own: |0.8808 - 1|, |0.7311 - 0|, |0.5 - 0.5|.
     assert found["heldout/calibration_error"] == pytest.approx((0.1192 + 0.7311) / 3, abs=1e-4)
     assert found["heldout/sentence_accuracy"] == pytest.approx(2 / 3)
+    assert found["heldout/sentence_right"] == pytest.approx(1 / 3)
+    # The right one scores above one of the two wrong ones.
+    assert found["heldout/sentence_auc"] == pytest.approx(0.5)
+    alone = figures(score, torch.tensor([[1.0], [1.0]]), compared=False)
+    assert set(alone) == {
+        "heldout/pairs",
+        "heldout/sentences",
+        "heldout/sentence_accuracy",
+        "heldout/sentence_right",
+    }
 
 
 def test_trains_resumes_and_reloads(tiny_llava: Path, tmp_path: Path) -> None:
@@ -223,6 +275,17 @@ def _two_sentences(pair: Any) -> Any:
         chosen=f"{pair.chosen} A red kettle.",
         rejected=f"{pair.rejected} {pair.chosen}",
     )
+
+
+def _rated(pair: Any) -> Any:
+    """Every sentence with its rating: those of the chosen answer are right, no others."""
+    asking = Asking(form="sentence")
+    segments = [
+        Segment(side=side, start=a, end=b, label="sentence", weight=float(side == "chosen"))  # type: ignore[arg-type]
+        for side in ("chosen", "rejected")
+        for a, b in asking.spans(getattr(pair, side))
+    ]
+    return replace(pair, segments=tuple(segments))
 
 
 def _recipe(model: Path, pairs: Path, steps: int) -> dict[str, Any]:

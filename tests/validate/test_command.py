@@ -13,6 +13,7 @@ from mlalign.cli import app
 from mlalign.microworld.export import export
 from mlalign.validate.examine import examine
 from tests._syntax import REPOSITORY
+from tests.data_builders.sources.released import FIXTURES, pictures
 from tests.test_in_house import overrides
 from tests.train.pairs import make_pairs
 from tests.validate import planted
@@ -112,3 +113,39 @@ def test_recipes_of_the_users_own_data_pass_with_their_fixture(
     ]
     out = examine(photos, mine, runs=tmp_path)
     assert out.faults == []
+    for name in ("claim_grpo/photos", "llava_rlhf/photos", "vigor/photos", "vigor/photos.reward"):
+        out = examine(REPOSITORY / "recipes" / f"{name}.yaml", mine, runs=tmp_path)
+        assert out.faults == [] and {found.group for found in out.notes} == {"arms not built yet"}
+
+
+def test_rewarded_presets_pass_with_their_fixture(tmp_path: Path, weightless: Path) -> None:
+    names = ("000000000025.jpg", "000000000030.jpg", "000000000041.jpg", "000000000043.jpg")
+    images = pictures(tmp_path / "coco", *names)
+    user = export(tmp_path / "user", pairs=8, pictures=16)
+    folder = {"name": "photo_folder", "folder": str(user / "pictures"), "probe": 2}
+    folder["heldout_share"] = 0.5
+    captions = FIXTURES / "image_to_caption.json"
+    comparisons = {
+        "data.pairs.llava_rlhf.path": FIXTURES / "llava_7b_v1_preference.json",
+        "data.pairs.llava_rlhf.images": images,
+        "data.pairs.llava_rlhf.captions": captions,
+    }
+    ratings = {
+        "data.pairs.vigor.path": FIXTURES / "annotations.json",
+        "data.pairs.vigor.images": images,
+    }
+    prompts = {
+        "data.source.path": FIXTURES,
+        "data.source.images": images,
+        "data.source.captions": captions,
+        **{f"{key}.source": json.dumps(folder) for key in ("eval", "probes")},
+    }
+    for name, given in (
+        ("llava_rlhf/llava15_7b.script.reward", comparisons),
+        ("llava_rlhf/llava15_7b.script", prompts),
+        ("vigor/llava15_7b.reward", ratings),
+    ):
+        mine = [f"model.path={weightless}", *(f"{key}={value}" for key, value in given.items())]
+        out = examine(REPOSITORY / "recipes" / f"{name}.yaml", mine, runs=tmp_path)
+        assert [found.text for found in out.faults] == []
+        assert {found.group for found in out.notes} >= {"arms not built yet"}

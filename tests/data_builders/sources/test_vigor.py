@@ -65,6 +65,45 @@ def test_pairs_by_detail(coco: Path) -> None:
     assert made["vigor-000000000030+000000000030.2"].scores == {"chosen": 3.0, "rejected": 2.0}
 
 
+def test_ratings_of_both_texts(coco: Path) -> None:
+    made = pairs(read(vigor(coco, ratings=True)))
+    # Ties too: a rating needs no better text.
+    assert set(made) == {
+        "vigor-000000000025+000000000025.2",
+        "vigor-000000000030+000000000030.2",
+    }
+    pair = made["vigor-000000000025+000000000025.2"]
+    assert [(getattr(pair, s.side)[s.start : s.end], s.label, s.weight) for s in pair.segments] == [
+        ("Two giraffes stand under trees.", "sentence", 1.0),
+        ("One of them eats.", "sentence", 1.0),
+        ("Three giraffes stand under trees.", "sentence", 0.0),
+        ("One of them eats.", "sentence", 1.0),
+        ("A man feeds it!", "sentence", 0.0),
+    ]
+    reasons = skips(read(vigor(coco, ratings=True)))
+    assert reasons["vigor-000000000043"] == "annotations: sentences and scores differ in number"
+    assert reasons["vigor-000000000043"] in VIGOR.expected
+
+
+def test_each_text_is_rated_once(tmp_path: Path, coco: Path) -> None:
+    rows = [
+        {
+            "image_id": "000000000025",
+            "text": f"Number {number}.",
+            "annotations": {"per_sentence_scores": {"0": {"Accurate": "Yes"}}},
+        }
+        for number in range(5)
+    ]
+    file = tmp_path / "annotations.json"
+    file.write_text(json.dumps(rows))
+    made = pairs(read(vigor(coco, file, ratings=True))).values()
+    assert [(p.chosen, p.rejected) for p in made] == [
+        ("Number 0.", "Number 1."),
+        ("Number 2.", "Number 3."),
+        ("Number 3.", "Number 4."),
+    ]
+
+
 def test_a_limit_completes_what_it_reads(coco: Path) -> None:
     records = read(vigor(coco), limit=3)
     assert [r.id for r in records] == ["vigor-000000000030", "vigor-000000000025+000000000025.2"]
