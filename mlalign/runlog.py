@@ -166,10 +166,14 @@ class RunLog:
             path = self.folder / name
             if not path.is_file():
                 continue
+            # A rollout bears the number of steps taken before it: that of the step itself is one
+            # of those that are sampled again.
+            early = 1 if name == "rollouts.jsonl" else 0
+            last = until if until is None else until - early
             kept = [
                 line
                 for line in path.read_text(encoding="utf-8").splitlines()
-                if not _is_dropped(line, arm, step, until)
+                if not _is_dropped(line, arm, step - early, last)
             ]
             aside = path.with_name(path.name + ".tmp")
             aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -104,6 +104,7 @@ def test_a_rewound_run_has_no_step_twice(tmp_path: Path) -> None:
         for step in (0, 5, 10):
             log.metrics(arm, step, {"loss": step})
             log.pairs(arm, step, [{"id": "x"}])
+            log.rollouts(arm, step, [{"id": "x"}])
             log.probe(arm, step, "p-q", [reading(step)])
             log.probe(arm, step, "maps", [{"record": "r"}])
             log.remember(arm, step, {"p/x": np.array([step])})
@@ -112,6 +113,9 @@ def test_a_rewound_run_has_no_step_twice(tmp_path: Path) -> None:
     for name in ("metrics", "pairs"):
         rows = [(r["arm"], r["step"]) for r in read_lines(tmp_path / f"{name}.jsonl")]
         assert sorted(rows) == [("a", 0), ("a", 5), ("b", 0), ("b", 5), ("b", 10)]
+    # What was sampled after five steps belongs to the sixth, which is taken again.
+    rollouts = [r["step"] for r in read_lines(tmp_path / "rollouts.jsonl") if r["arm"] == "a"]
+    assert rollouts == [0]
     frame = pd.read_parquet(tmp_path / "probes")
     assert sorted(frame[frame["arm"] == "a"]["step"]) == [0, 5]
     assert len(list((tmp_path / "probes/a/_tables").iterdir())) == 2

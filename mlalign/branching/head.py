@@ -33,18 +33,25 @@ def tile_tokens(vocabulary: int) -> int:
 
 
 class _Head(torch.autograd.Function):
-    """(hidden (M, D), weight (V, D), bias (V) or None, target (M)) -> logps (M), stats (M, 3)."""
+    """(hidden (M, D), weight (V, D), bias (V) or None, target (M), temperature) -> logps (M),
+    stats (M, 3)."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_M: Tensor
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_M: Tensor,
+        temperature: float,
     ) -> tuple[Tensor, Tensor]:
         wants_hidden, wants_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         keeps = wants_hidden and not wants_weight
+        ctx.temperature = temperature
         logps, stats, slopes = [], [], []
         step = tile_tokens(len(weight_VD))
         for h, target in zip(hidden_MD.split(step), target_M.split(step), strict=True):
-            logits = nn.functional.linear(h, weight_VD, bias_V).float()
+            logits = _logits(h, weight_VD, bias_V, temperature)
             mean = logits.mean(-1)
             top = logits.argmax(-1) == target
             logsum = logits.logsumexp(-1, keepdim=True)
@@ -66,10 +73,11 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_M = grads[0]
+        # The logits are divided by the temperature, and so is what comes back through them.
+        grad_M = grads[0] / ctx.temperature
         if ctx.kept:
             (slope_MD,) = ctx.saved_tensors
-            return (grad_M[:, None] * slope_MD).to(slope_MD.dtype), None, None, None
+            return (grad_M[:, None] * slope_MD).to(slope_MD.dtype), None, None, None, None
         hidden_MD, weight_VD, bias_V, target_M = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden_MD)
         to_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
@@ -78,8 +86,7 @@ class _Head(torch.autograd.Function):
         for start in range(0, len(hidden_MD), step):
             part = slice(start, start + step)
             h, grad = hidden_MD[part], grad_M[part, None]
-            logits = nn.functional.linear(h, weight_VD, bias_V).float()
-            slope = -logits.softmax(-1)
+            slope = -_logits(h, weight_VD, bias_V, ctx.temperature).softmax(-1)
             slope.scatter_add_(1, target_M[part, None], torch.ones_like(grad))
             slope *= grad
             if to_bias is not None:
@@ -88,7 +95,15 @@ class _Head(torch.autograd.Function):
             to_hidden[part] = slope @ weight_VD
             to_weight += (slope.T @ h).float()
         bias = None if to_bias is None or bias_V is None else to_bias.to(bias_V.dtype)
-        return to_hidden, to_weight.to(weight_VD.dtype), bias, None
+        return to_hidden, to_weight.to(weight_VD.dtype), bias, None, None
+
+
+def _logits(
+    hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float
+) -> Tensor:
+    """(M, V) float32, divided by the temperature."""
+    logits = nn.functional.linear(hidden_MD, weight_VD, bias_V).float()
+    return logits if temperature == 1 else logits / temperature
 
 
 def _slope(p_MV: Tensor, weight_VD: Tensor, target_M: Tensor) -> Tensor:
@@ -99,11 +114,17 @@ def _slope(p_MV: Tensor, weight_VD: Tensor, target_M: Tensor) -> Tensor:
 
 
 def project(
-    hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_M: Tensor
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_M: Tensor,
+    temperature: float = 1.0,
 ) -> Tensor:
     """(M, 4) float32: log-prob of the target (with gradient), entropy in nats, 1 where the target
-    is the argmax, mean logit."""
-    logps_M, stats_M3 = _Head.apply(hidden_MD, weight_VD, bias_V, target_M)  # type: ignore[misc]
+    is the argmax, mean logit; all of logits that are divided by ``temperature``."""
+    logps_M, stats_M3 = _Head.apply(  # type: ignore[misc]
+        hidden_MD, weight_VD, bias_V, target_M, temperature
+    )
     return torch.cat([logps_M[:, None], stats_M3], -1)
 
 

@@ -23,13 +23,15 @@ def completion_logps(
     attention: str = "auto",
     *,
     finite: bool = True,
+    temperature: float = 1.0,
     **forward: Any,
 ) -> TokenLogps:
     """Per-token log-probs of every completion of the batch, by one forward pass. Gradients flow.
 
     ``model``: anything whose forward is that of a transformers vision-language model (also wrapped
     by PEFT or a DeepSpeed engine). ``batch``: with ``features`` (``VLM.encode``). ``attention``:
-    dense, split or auto (``branching.attention.choose``). ``forward``: further keywords for that
+    dense, split or auto (``branching.attention.choose``). ``temperature``: divides the logits,
+    so that the policy is the one that was sampled from. ``forward``: further keywords for that
     forward. Raises FloatingPointError, naming the record ids, where a log-prob is not finite, but
     for ``finite`` False.
     """
@@ -37,7 +39,9 @@ def completion_logps(
     target_M = batch.target_CS[batch.mask_CS]
 
     def head(linear: nn.Linear, hidden_RTD: Tensor) -> Tensor:
-        return project(hidden_RTD[rows_M, sources_M], linear.weight, linear.bias, target_M)
+        return project(
+            hidden_RTD[rows_M, sources_M], linear.weight, linear.bias, target_M, temperature
+        )
 
     found_M4 = head_outputs(model, batch, attention, head, **forward)
     shape = batch.target_CS.shape

@@ -21,6 +21,9 @@ class Answer(NamedTuple):
 
     p_yes: float
     p_no: float
+    failure: str = ""
+    """Undecided because no answer came, short and countable; asked again, the judge may know. Empty
+    where it did answer."""
 
     @property
     def decided(self) -> bool:

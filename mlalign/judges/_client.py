@@ -3,7 +3,9 @@
 A request that the cache holds is not sent. One that fails by time, connection, HTTP 408, 409, 429
 or 5xx, or with a body that is no chat completion, is tried again after a growing, jittered wait or
 the server's own Retry-After, which all requests then keep. Anything else a server refuses would be
-refused again: ``ServerError`` stops the run and says what to mend. What came back is kept.
+refused again: ``ServerError`` stops the run and says what to mend. Where nobody listens, or many
+requests in a row fail, waiting may mend it: ``ServerDown``, a ServerError, too. What came back is
+kept.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from mlalign.judges import _faults, _parse
-from mlalign.judges._faults import ServerError, Trouble
+from mlalign.judges._faults import ServerDown, ServerError, Trouble
 from mlalign.judges._request_cache import RequestCache
 
 
@@ -133,7 +135,7 @@ class Client:
                     self.retries[outcome.cause] += 1
                 stop.wait(wait)
             elif outcome.absent:
-                raise ServerError(
+                raise ServerDown(
                     f"no server listens at {limits.base_url}: start it, or mend judge.base_url. "
                     "Answers that came back are kept; a rerun asks for the rest"
                 )
@@ -185,7 +187,7 @@ class Client:
             self._in_a_row += 1
             ill = self._in_a_row >= self.connection.stop_after
         if ill:
-            raise ServerError(
+            raise ServerDown(
                 f"{self.connection.stop_after} requests in a row failed at "
                 f"{self.connection.base_url}, the last with: {reason}. See whether the server is "
                 "well (judge.timeout_s, judge.attempts, judge.concurrency), and run again: "

@@ -30,6 +30,10 @@ class ServerError(ValueError):
     """The server cannot be used as it is. The message says what to mend; nothing is lost."""
 
 
+class ServerDown(ServerError):
+    """It cannot be used now: nobody listens, or it is ill. Waiting may mend that."""
+
+
 class Trouble(NamedTuple):
     """An attempt that may be repeated."""
 

@@ -14,8 +14,9 @@ its hash), the record's id, the server and the time; never the API key. The same
 sent again: not in a rerun, not after a kill, not within one call. What an answer means is decided
 when it is read, so other spellings, or a better parser, need no new request.
 
-A question that gets no answer is undecided, and a task failed; both are counted by reason, and
-none is ever guessed. A server that refuses a request for good stops the run: ``ServerError``.
+A question that gets no answer is undecided, with its ``failure``, and a task failed; both are
+counted by reason, and none is ever guessed. A server that refuses a request for good stops the run:
+``ServerError``; one that is down or ill, too: ``ServerDown``.
 """
 
 from __future__ import annotations
@@ -223,7 +224,7 @@ class Server:
     def _answer(self, request: Prepared, reply: dict[str, Any] | Failure) -> Answer:
         self._counts["questions"] += 1
         if isinstance(reply, Failure):
-            return self._failed(request, reply.reason, UNDECIDED)
+            return self._failed(request, reply.reason, UNDECIDED._replace(failure=reply.reason))
         settings = self.settings
         verdict = _parse.yes_or_no(reply, settings.yes, settings.no, settings.min_mass)
         if not verdict.answer.decided:

@@ -27,10 +27,14 @@ SMOOTH = 0.85
 """Weight of the past in the running mean that is drawn over the raw points."""
 
 
-def training(rows: list[dict[str, Any]], arms: list[str]) -> list[tuple[go.Figure, str]]:
-    """(figure, label) per quantity that was logged."""
+def training(
+    rows: list[dict[str, Any]],
+    arms: list[str],
+    shown: Iterable[tuple[str, str, str]] = PANELS,
+) -> list[tuple[go.Figure, str]]:
+    """(figure, label) per quantity of ``shown`` that was logged."""
     drawn = []
-    for key, title, unit in PANELS:
+    for key, title, unit in shown:
         traces = []
         for i, arm in enumerate(arms):
             steps, values = series(rows, arm, key)

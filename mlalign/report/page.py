@@ -22,6 +22,7 @@ from mlalign.report import (
     provenance,
     reliance,
     results,
+    rewards,
     verdict,
 )
 from mlalign.report import figures as fg
@@ -29,9 +30,10 @@ from mlalign.report.folder import Run
 from mlalign.report.section import Section, render
 from mlalign.store import write_text_atomic
 
-SECTIONS: tuple[Callable[[Run, fg.Figures], Section], ...] = (
+SECTIONS: tuple[Callable[[Run, fg.Figures], Section | None], ...] = (
     results.section,
     curves.section,
+    rewards.section,
     reliance.section,
     grounding.section,
     drift.section,
@@ -72,7 +74,7 @@ def html(run: Run) -> str:
     """The whole page as text."""
     figures = fg.Figures()
     found = verdict.verdicts(run.summary)
-    sections = [make(run, figures) for make in SECTIONS]
+    sections = [made for make in SECTIONS if (made := make(run, figures)) is not None]
     model = (run.recipe.get("model") or {}).get("path", "")
     objective = name_of((run.recipe.get("train") or {}).get("objective"))
     name = run.recipe.get("name") or run.folder.resolve().name
@@ -131,7 +133,7 @@ def _banners(run: Run) -> list[str]:
             "Microworld is a small model of rendered scenes, made for quick checks. Its figures "
             "say nothing about a real model."
         )
-    return texts
+    return texts + rewards.warnings(run)
 
 
 def name_of(ref: Any) -> str:

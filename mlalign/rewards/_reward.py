@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
-from mlalign.judges._faults import ServerError
+from mlalign.judges._faults import ServerDown, ServerError
 from mlalign.records import Example, RecordError
 
 TOLERANCE = 1e-6
@@ -137,16 +137,20 @@ def checked(name: str, reward: Reward, completions: Sequence[Completion]) -> lis
 
     Raises RewardError for another number of scores than completions, a score that is no finite
     number, spans that overlap, are empty, blank or outside the answer, a total that is not the sum
-    of its spans, and spans of a reward that has none; RewardUnavailable where what it asks is down.
+    of its spans, spans of a reward that has none, and a server that refuses what it is asked;
+    RewardUnavailable where what it asks is down.
     """
     if not completions:
         return []
+    first = ", ".join(c.id for c in completions[:_FIRST])
     try:
         given = reward(completions)
-    except (ServerError, ConnectionError, TimeoutError) as error:
+    except (ServerDown, ConnectionError, TimeoutError) as error:
         raise RewardUnavailable(name, error) from error
+    except ServerError as error:
+        mend = "No wait mends this; the last checkpoint is whole, and a rerun goes on from it"
+        raise RewardError(name, first, f"the server refuses: {error}", mend) from error
     if len(given) != len(completions):
-        first = ", ".join(c.id for c in completions[:_FIRST])
         problem = f"gave {len(given)} scores for {len(completions)} completions"
         raise RewardError(name, first, problem, "Return one Scored per completion, in order")
     return [_checked(name, reward.spans, c, s) for c, s in zip(completions, given, strict=True)]

@@ -10,10 +10,10 @@ p_yes / (p_yes + p_no) between the two instead. All questions about one image ar
 that they branch from one prefix, and equal ones once. An answer without a claim gets 0, the best
 there is: add ``coverage``, or silence wins.
 
-An undecided claim (the judge does not know, or its server gave no usable answer) gets ``undecided``
-and is counted; it is never a guess. A server that is down is no verdict: RewardUnavailable. So is a
-call of which a greater share than ``max_undecided`` stays undecided, since a judge's server leaves
-the questions that it failed to answer undecided, too.
+An undecided claim (the judge does not know) gets ``undecided`` and is counted; it is never a guess.
+A question that a server failed to answer is no verdict, and nor is a server that is down:
+RewardUnavailable, and the same completions are scored again later. Where the judge does answer and
+still leaves more than ``max_undecided`` of a call undecided, waiting mends nothing: RewardError.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ class Settings(BaseModel):
     graded: bool = False
     """Between false and true by the judge's probabilities, not by its verdict."""
     max_undecided: float = Field(default=1.0, ge=0, le=1)
-    """Greatest share of the questions of one call that may stay undecided; lower it for a server,
-    whose failed requests are undecided."""
+    """Greatest share of the questions of one call that the judge may leave undecided."""
+    max_failed: float = Field(default=0.0, ge=0, le=1)
+    """Greatest share of them that may get no answer from the judge's server; up to it they count as
+    undecided."""
 
 
 class ClaimJudge:
@@ -73,8 +75,8 @@ class ClaimJudge:
         """Claims that share characters become one span with the sum of their scores.
 
         Raises RewardError, naming the record, where the judge gives another number of answers than
-        it was asked questions; RewardUnavailable where it decides too few. Counts: claims,
-        rejected, undecided.
+        it was asked questions, or decides too few; RewardUnavailable where too many got no answer.
+        Counts: claims, rejected, undecided.
         """
         stated = [self.split(c.text) for c in completions]
         asked: dict[str, dict[str, None]] = {}
@@ -85,17 +87,28 @@ class ClaimJudge:
             questions.update(dict.fromkeys(claim.question for claim in claims))
         told = self.judge.ask_many(list(examples.values()), [list(q) for q in asked.values()])
         answers = _by_question(asked, told)
-        self._look_for_illness([a for each in answers.values() for a in each.values()])
+        self._look_for_illness(answers)
         return [
             self._scored(claims, answers[completion.example.id])
             for completion, claims in zip(completions, stated, strict=True)
         ]
 
-    def _look_for_illness(self, answers: Sequence[Answer]) -> None:
-        undecided = sum(not answer.decided for answer in answers)
+    def _look_for_illness(self, told: dict[str, dict[str, Answer]]) -> None:
+        answers = [answer for each in told.values() for answer in each.values()]
+        failed = [answer.failure for answer in answers if answer.failure]
+        if len(failed) > self.settings.max_failed * len(answers):
+            problem = (
+                f"its judge gave no answer to {len(failed)} of {len(answers)} questions, "
+                f"the first: {failed[0]}"
+            )
+            raise RewardUnavailable("claim_judge", ConnectionError(problem))
+        undecided = sum(not answer.decided and not answer.failure for answer in answers)
         if undecided > self.settings.max_undecided * len(answers):
             problem = f"the judge left {undecided} of {len(answers)} questions undecided"
-            raise RewardUnavailable("claim_judge", ConnectionError(problem))
+            mend = (
+                "See how it answers (judge.yes, judge.no, judge.template); max_undecided bears it"
+            )
+            raise RewardError("claim_judge", ", ".join(told), problem, mend)
 
     def _scored(self, claims: Sequence[Any], answers: dict[str, Answer]) -> Scored:
         given = [answers[claim.question] for claim in claims]

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         run = run_folder(recipe, Path(options.recipe))
         train_all(recipe, run)
         return _status(recipe, run)
-    except ValueError as error:
+    except Exception as error:
         if is_ours(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 2

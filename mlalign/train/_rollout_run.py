@@ -51,7 +51,7 @@ def run_groups(
         **shared_arguments(recipe, folder, per=settings.group),
         num_generations=settings.group,
         max_completion_length=settings.max_new_tokens,
-        temperature=1.0,
+        temperature=settings.temperature,
         beta=0.0,  # told to the trainer later: see there
         disable_dropout=True,
         **keys,
@@ -112,7 +112,9 @@ def resume(trainer: Any, folder: Path, log: RunLog, arm: str) -> None:
     last = checkpoints.last_complete(folder / "checkpoints")
     if last is not None:
         checkpoints.check(last, trainer.checkpoint_facts)
-        log.rewind(arm, int(last.name.rpartition("-")[2]))
+    # A run that was killed before its first checkpoint begins again, and its log with it.
+    log.rewind(arm, -1 if last is None else int(last.name.rpartition("-")[2]))
+    if last is not None:
         log.event(arm, "resumed", checkpoint=str(last))
     trainer.train(resume_from_checkpoint=str(last) if last else None)
 

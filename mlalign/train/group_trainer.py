@@ -159,7 +159,13 @@ class _Branching(Sealed):
         return inputs
 
     def _logps(self: Any, model: Any, batch: PrefixBatch) -> tuple[Tensor, Tensor]:
-        out = completion_logps(model, self.vlm.encode(batch, model), self.attention)
+        """(C, S) log-probs and entropies of the policy as it is sampled from."""
+        out = completion_logps(
+            model,
+            self.vlm.encode(batch, model),
+            self.attention,
+            temperature=self.roller.sampling.temperature,
+        )
         return out.logps_CS, out.entropy_CS
 
     def _get_per_token_logps_and_entropies(

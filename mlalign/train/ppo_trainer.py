@@ -48,6 +48,9 @@ POLICY, VALUE = "default", "value"
 class ActorCritic(ScalarModel):
     """A PeftModel with the adapters ``default`` (policy) and ``value``, and the value's head."""
 
+    temperature: float = 1.0
+    """Of the policy: its logits are divided by it, sampled or trained."""
+
     def forward(self, batch: PrefixBatch, attention: str = "auto") -> tuple[Any, Tensor]:  # type: ignore[override]
         """Log-probs of the completions, and (C, S) float32 values: V_t, before token t is written.
 
@@ -58,7 +61,7 @@ class ActorCritic(ScalarModel):
     def logps(self, batch: PrefixBatch, attention: str) -> Any:
         """The policy's."""
         with adapter_in_place(self.backbone, POLICY):
-            return completion_logps(self.backbone, batch, attention)
+            return completion_logps(self.backbone, batch, attention, temperature=self.temperature)
 
     def values(self, batch: PrefixBatch, attention: str) -> Tensor:
         """(C, S), 0 at padding."""
@@ -268,7 +271,9 @@ class PpoTrainer(SavesTrained, Sealed, Trainer):
         with torch.no_grad():
             logps, values = model(batch, self.attention)
             with adapter_in_place(inner.backbone, None):
-                reference = completion_logps(inner.backbone, batch, self.attention)
+                reference = completion_logps(
+                    inner.backbone, batch, self.attention, temperature=inner.temperature
+                )
         model.train(training)
         mask = batch.mask_CS
         return logps.logps_CS * mask, reference.logps_CS * mask, values

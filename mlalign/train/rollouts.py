@@ -15,36 +15,57 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 from trl.trainer.utils import RepeatSampler
 
+from mlalign import methods
 from mlalign.branching.batch import PrefixBatch
 from mlalign.credit.spans import TokenSpans, lay_spans
 from mlalign.data.pictures import Pictures
-from mlalign.generate import Decoding, Request, end_ids, generate_ids, row_seed
+from mlalign.generate import Decoding, Request, end_ids, row_seed
 from mlalign.images import image_size
 from mlalign.models._vlm import VLM
+from mlalign.recipe import MethodRef, configure
 from mlalign.records import Example
 from mlalign.rewards._combine import Combined, Rewards
 from mlalign.rewards._offsets import completion_of
 from mlalign.rewards._reward import Completion, RewardUnavailable
+from mlalign.sections import Ref
+
+ENGINES = "mlalign.train.engines"
 
 
 class Sampling(BaseModel):
-    """How the policy answers. At temperature 1 and top-p 1: what is sampled is what is trained."""
+    """How the policy answers. What is trained is what is sampled: at the same temperature, and from
+    all tokens (top-p 1)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     group: int = Field(default=8, ge=2)
     """Completions of a prompt."""
     max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits while sampling, and in every log-prob of policy and reference (online_dpo:
+    while sampling only, its objective is of the model as it is)."""
     sample_batch: int = Field(default=64, ge=1)
     """Sequences per forward pass while sampling."""
+    engine: Ref = MethodRef(name="transformers")
+    """Who samples: a file of mlalign/train/engines and its settings."""
     attempts: int = Field(default=5, ge=1)
     """Times that rewards are asked for where what they ask is down, before training stops."""
     wait: float = Field(default=5.0, ge=0)
     """Seconds before the second attempt; doubled for each further one."""
+
+    @field_validator("engine")
+    @classmethod
+    def _is_there(cls, engine: MethodRef) -> MethodRef:
+        _engine(engine)
+        return engine
+
+
+class RewardsFailed(RuntimeError):
+    """The rewards of one process or more failed, or stayed out of reach; all of them stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +93,9 @@ class Roller:
     """Samples groups and has them scored."""
 
     def __init__(self, vlm: VLM, rewards: Rewards, sampling: Sampling, seed: int) -> None:
+        """Raises what the engine raises where it cannot be had."""
+        method, settings = _engine(sampling.engine)
+        self.engine = method(settings, vlm)
         self.vlm = vlm
         self.rewards = rewards
         self.sampling = sampling
@@ -83,20 +107,12 @@ class Roller:
         own = self.sampling
         decoding = Decoding(
             max_new_tokens=own.max_new_tokens,
-            temperature=1.0,
+            temperature=own.temperature,
             samples=own.group,
             seed=row_seed(self.seed, "rollout", step),
         )
         requests = [Request(e.id, e.image, e.prompt) for e in examples]
-        sampled = generate_ids(
-            self.vlm,
-            requests,
-            decoding,
-            batch_size=own.sample_batch,
-            desc="sampling",
-            # It would stand for an image that is not there.
-            never=[self.vlm.image_token_id],
-        )
+        sampled = self.engine.sample(requests, decoding, own.sample_batch)
         ends = end_ids(self.vlm)
         return [
             completion_of(self.vlm.tokenizer, ends, example, ids, sample=number)
@@ -140,6 +156,12 @@ class Roller:
         )
 
 
+def _engine(ref: MethodRef) -> tuple[Any, Any]:
+    """The engine's class and its settings. Raises UnknownMethod and RecipeError."""
+    method = methods.find(ENGINES, ref.name)
+    return method, configure(method, ref, "train.algorithm.engine")
+
+
 class GroupSampler(RepeatSampler):
     """TRL's order of prompts, each epoch by a seed of its own: a run that is resumed in a later
     epoch goes on in the order that it would have had."""
@@ -178,7 +200,7 @@ def scored(roller: Roller, completions: list[Completion], processes: int) -> Rol
         fault = f"{type(error).__name__}: {error}"
     faults = [each for each in gather_object([fault]) if each]
     if faults or rollout is None:
-        raise RuntimeError(f"rewards failed on {len(faults)} process(es): {faults[0]}")
+        raise RewardsFailed(f"rewards failed on {len(faults)} process(es): {faults[0]}")
     return rollout
 
 

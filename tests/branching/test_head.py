@@ -22,9 +22,14 @@ def planted(tokens: int, width: int, vocabulary: int, seed: int = 0) -> tuple[Te
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen head", "trained head"])
 @pytest.mark.parametrize("has_bias", [False, True])
-@given(tokens=st.integers(1, 40), vocabulary=st.integers(2, 60), tile=st.sampled_from([1, 97, 999]))
+@given(
+    tokens=st.integers(1, 40),
+    vocabulary=st.integers(2, 60),
+    tile=st.sampled_from([1, 97, 999]),
+    temperature=st.sampled_from([1.0, 0.5, 0.7, 2.0]),
+)
 def test_values_and_gradients(
-    tokens: int, vocabulary: int, tile: int, trains: bool, has_bias: bool
+    tokens: int, vocabulary: int, tile: int, temperature: float, trains: bool, has_bias: bool
 ) -> None:
     parts = planted(tokens, 8, vocabulary)
     hidden, weight, bias, target = parts
@@ -33,7 +38,7 @@ def test_values_and_gradients(
         tensor.requires_grad_()
     before, head.TILE = head.TILE, tile
     try:
-        found = head.project(hidden, weight, chosen, target)
+        found = head.project(hidden, weight, chosen, target, temperature)
         scale = torch.linspace(-1, 2, tokens)
         (found[:, 0] * scale).sum().backward()
     finally:
@@ -41,6 +46,7 @@ def test_values_and_gradients(
 
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
     logits = nn.functional.linear(exact[0], exact[1], exact[2] if has_bias else None)
+    logits = logits / temperature
     logps = logits.log_softmax(-1)
     picked = logps.gather(1, target[:, None])[:, 0]
     (picked * scale.double()).sum().backward()

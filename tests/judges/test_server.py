@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlalign.judges import Answer
-from mlalign.judges._faults import ServerError, retry_after
+from mlalign.judges._faults import ServerDown, ServerError, retry_after
 from mlalign.judges.server import METHOD, Server
 from mlalign.microworld import world
 from mlalign.records import Example
@@ -94,6 +94,7 @@ def test_after_the_last_attempt_nothing_is_scored(
     (answer,) = server.ask(examples[0], ["q"])
     assert not answer.decided and answer.verdict is None and math.isnan(answer.p_no)
     reason = f"no answer after 2 attempts ({cause})"
+    assert answer.failure == reason
     failed = {"count": 1, "first": [examples[0].id]}
     assert server.report()["failures"] == {reason: failed}
     assert fake.count["q"] == 2
@@ -110,7 +111,9 @@ def test_an_answer_that_is_neither_is_undecided_and_paid_once(
         fake.script[str(text)] = [chat(text)]
     asked = [str(text) for text in said]
     server = judge(fake, tmp_path)
-    assert [a.decided for a in server.ask(examples[0], asked)] == [False] * len(said)
+    answers = server.ask(examples[0], asked)
+    # It did answer: asked again, it would say the same.
+    assert [(a.decided, a.failure) for a in answers] == [(False, "")] * len(said)
     failures = server.report()["failures"]
     assert failures["neither yes nor no"]["count"] == 5
     assert failures["empty answer"]["count"] == 2
@@ -171,7 +174,7 @@ def test_what_would_be_refused_again_stops_at_once(
     server = judge(fake, tmp_path, concurrency=1, api_key_env="SOME_KEY")
     with pytest.raises(ServerError, match=f"microworld-pairs-0.*HTTP {status.code}.*{mend}") as e:
         server.ask(examples[0], ["a", "b", "c", "d"])
-    assert "sekret-1" not in str(e.value)
+    assert "sekret-1" not in str(e.value) and not isinstance(e.value, ServerDown)
     # The first answer is kept; at most one question was under way when the run stopped.
     assert fake.count["a"] == fake.count["b"] == 1 and fake.total <= 3
     judge(fake, tmp_path, api_key_env="SOME_KEY").ask(examples[0], ["a", "b", "c", "d"])
@@ -224,7 +227,7 @@ def test_an_ill_server_stops_the_run(
     fake.script["fine"] = [chat("Yes.")]
     server = judge(fake, tmp_path, attempts=2, stop_after=3, concurrency=1)
     asked = ["a", "b", "fine", "c", "d", "e", "f", "g"]
-    with pytest.raises(ServerError, match=r"3 requests in a row.*HTTP 500"):
+    with pytest.raises(ServerDown, match=r"3 requests in a row.*HTTP 500"):
         server.ask(examples[0], asked)
     # An answer begins the count again: a, b, c, d, e failed, the last three in a row.
     assert fake.count["e"] == 2 and fake.count["g"] == 0 and fake.count["fine"] == 1
@@ -233,5 +236,5 @@ def test_an_ill_server_stops_the_run(
 def test_no_server_there(tmp_path: Path, examples: list[Example]) -> None:
     with FakeServer().running() as fake:
         pass
-    with pytest.raises(ServerError, match=r"no server listens at http://127.*start it"):
+    with pytest.raises(ServerDown, match=r"no server listens at http://127.*start it"):
         judge(fake, tmp_path, attempts=2).ask(examples[0], ["q"])

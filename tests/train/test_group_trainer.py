@@ -61,6 +61,7 @@ def ours(folder: Path, out: Path, kind: Any = GroupTrainer, **keys: Any) -> Any:
     config = RLOOConfig if kind is LeaveOneOutTrainer else GRPOConfig
     beta = keys.pop("beta", 0.0)
     extra = {"objective": keys.pop("objective")} if "objective" in keys else {}
+    sampling = Sampling(group=GROUP, max_new_tokens=16, temperature=keys.get("temperature", 1.0))
     credit = keys.pop("credit", CreditSettings(form="sequence"))
     examples = [world.example("pairs", i) for i in range(4)]
     rewards = build([("length_penalty", 1.0, {})], RewardContext())
@@ -70,7 +71,7 @@ def ours(folder: Path, out: Path, kind: Any = GroupTrainer, **keys: Any) -> Any:
         train_dataset=prompt_rows(4),
         processing_class=vlm.processor,
         vlm=vlm,
-        roller=Roller(vlm, rewards, Sampling(group=GROUP, max_new_tokens=16), 0),
+        roller=Roller(vlm, rewards, sampling, 0),
         credit=credit,
         examples=examples,
         beta=beta,
@@ -141,6 +142,19 @@ def padded(trainer: Any, completions: list[Any]) -> dict[str, Any]:
     return {**out, "pixel_values": torch.cat(pixels), "num_images": [1] * len(completions)}
 
 
+def stock_logps(trainer: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """TRL's own log-probs of the completions."""
+    with torch.no_grad():
+        return trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
+            batch["completion_ids"].shape[1],
+            pixel_values=batch["pixel_values"],
+            num_images=batch["num_images"],
+        )[0]
+
+
 def shared_extras(batch: dict[str, Any]) -> dict[str, Any]:
     """Advantages by token, and old and reference log-probs some way off, so that clips bite."""
     generator = torch.Generator().manual_seed(5)
@@ -165,29 +179,31 @@ def gradients(trainer: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(named, found, strict=True))
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize(
+    ("loss_type", "temperature"),
+    [("grpo", 1.0), ("dapo", 1.0), ("bnpo", 1.0), ("dr_grpo", 1.0), ("grpo", 0.7)],
+)
 def test_the_loss_is_stock_trls_on_the_same_rollouts(
-    tiny_llava: Path, tmp_path: Path, loss_type: str
+    tiny_llava: Path, tmp_path: Path, loss_type: str, temperature: float
 ) -> None:
-    keys: dict[str, Any] = {"loss_type": loss_type, "beta": 0.1}
+    keys: dict[str, Any] = {"loss_type": loss_type, "beta": 0.1, "temperature": temperature}
     mine, theirs = ours(tiny_llava, tmp_path, **keys), stock(tiny_llava, tmp_path, **keys)
     for trainer in (mine, theirs):
         trainer.current_gradient_accumulation_steps = 1
         trainer.model.train()
     completions = two_groups(mine)
     plain = padded(mine, completions)
-    with torch.no_grad():
-        wide = theirs._get_per_token_logps_and_entropies(
-            theirs.model,
-            torch.cat([plain["prompt_ids"], plain["completion_ids"]], 1),
-            torch.cat([plain["prompt_mask"], plain["completion_mask"]], 1),
-            plain["completion_ids"].shape[1],
-            pixel_values=plain["pixel_values"],
-            num_images=plain["num_images"],
-        )[0]
+    wide = stock_logps(theirs, plain)
+    with theirs.accelerator.unwrap_model(theirs.model).disable_adapter():
+        reference = stock_logps(theirs, plain)
     extras = shared_extras({**plain, "near": wide * plain["completion_mask"]})
     rollout = mine.roller.score(completions)
+    mine.num_iterations = 2  # so that the log-probs at sampling are made, too
     micro = mine._micro_batch(rollout, list(range(len(completions))))
+    mask = plain["completion_mask"]
+    for name, value in {"old": wide, "ref": reference}.items():
+        own = micro[f"{name}_per_token_logps"]
+        torch.testing.assert_close(own * mask, value * mask, atol=1e-5, rtol=0)
     loss = mine._compute_loss(mine.model, {**micro, **extras})
     expected = theirs._compute_loss(theirs.model, {**plain, **extras})
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)

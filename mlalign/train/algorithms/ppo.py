@@ -111,6 +111,7 @@ class Ppo:
         else:
             peft.load_adapter(str(folder), VALUE, is_trainable=True)
         model = ActorCritic(peft)
+        model.temperature = self.settings.temperature
         if folder is not None:
             load_head(model, folder)
         peft.set_adapter(POLICY)
