@@ -17,7 +17,7 @@ from data_builders import _english_corrupt as corrupting
 from data_builders._english_words import SAY
 from data_builders._language import Corruption, Statement
 from data_builders._phrases import Phrase, phrases, tidy
-from mlalign.objects import with_article
+from mlalign.objects import presence_question, with_article
 from mlalign.records import Facts
 
 _TEMPLATES = ("The image shows {}.", "In this picture one can see {}.")
@@ -38,7 +38,7 @@ class EnglishLanguage:
         return len(self.vocabulary.objects(text))
 
     def presence_question(self, name: str) -> str:
-        return f"Is there {with_article(name)} in the image?"
+        return presence_question(name)
 
     def statements(self, text: str) -> list[Statement]:
         out: list[Statement] = []

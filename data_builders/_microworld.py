@@ -48,7 +48,7 @@ class MicroworldLanguage:
         return [
             Statement(
                 text=text[m.span[0] : m.span[1]],
-                question=_question(m.mention),
+                question=grammar.claim_question(m.mention),
                 start=m.span[0],
                 end=m.span[1],
                 object=m.name,
@@ -234,12 +234,6 @@ def _cell(mention: Mention) -> int:
 
 def _true_mention(fact: Any) -> Mention:
     return Mention(fact.position, fact.attributes[0], fact.name)
-
-
-def _question(mention: Mention) -> str:
-    if mention.color:
-        return grammar.claim_question(mention)
-    return f"Is there a {mention.name} at the {mention.position}?"
 
 
 def _style(text: str) -> int:

@@ -12,7 +12,8 @@ import typer
 Works = Annotated[
     list[str] | None,
     typer.Argument(
-        help="dpo-cached dpo-live dpo-ragged dpo-400 dpo-next judge pope memory; or all"
+        help="dpo-cached dpo-live dpo-ragged dpo-400 dpo-next grpo grpo-kl judge pope memory; "
+        "or all"
     ),
 ]
 

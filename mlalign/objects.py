@@ -1,4 +1,5 @@
-"""Text -> the objects, attributes and relations that it mentions, with character spans. No torch.
+"""Text -> the objects, attributes and relations that it mentions, with character spans; and its
+sentences. No torch.
 
 A vocabulary is a YAML file under ``mlalign/vocabularies`` (or anywhere): canonical names with the
 words people use for them, phrases that only look like an object ("train station"), and guards for
@@ -26,6 +27,7 @@ Kind = Literal["object", "attribute", "relation"]
 _WORD = re.compile(r"[A-Za-z]+")
 _JOIN = re.compile(r"[\s'\u2019-]+")
 """What may stand between the words of one phrase: "teddy-bear", "catcher's mitt"."""
+_SENTENCE = re.compile(r"\S.*?(?:[.!?]+[\"')\]]*(?=\s|$)|$)", re.DOTALL)
 _KEYS = {
     "name", "objects", "plurals", "young", "not_objects", "closers", "guards",
     "attributes", "relations", "companions",
@@ -241,6 +243,20 @@ def with_article(noun: str) -> str:
     """The noun with "a" or "an", by the first letter, which is enough for object words."""
     vowel = noun[:1].lower() in "aeiou" and not noun.startswith(("uni", "uri"))
     return f"{'an' if vowel else 'a'} {noun}"
+
+
+def presence_question(name: str) -> str:
+    """The question whether an object is there: "Is there an oven in the image?"."""
+    return f"Is there {with_article(name)} in the image?"
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Characters [start, end) of each sentence, in order; none of a blank text.
+
+    A sentence ends behind full stops, exclamation or question marks (and what closes a quotation)
+    that a blank or the end follows. "e.g. " so ends one: as ViGoR's released ratings were cut.
+    """
+    return [match.span() for match in _SENTENCE.finditer(text)]
 
 
 @cache

@@ -98,6 +98,8 @@ class Example:
     facts: Facts
     source: str
     """Name of the source that read it."""
+    length_bonus: float = 1.0
+    """What a penalty on the length of an answer is multiplied by (LLaVA-RLHF's data say so)."""
 
     def __post_init__(self) -> None:
         _check_text(self.id, "prompt", self.prompt)
@@ -306,6 +308,7 @@ def example_from_json(value: dict[str, Any], image: ImageRef | None = None) -> E
         prompt=value["prompt"],
         facts=facts_from_json(value["facts"]),
         source=value["source"],
+        length_bonus=float(value.get("length_bonus", 1.0)),
     )
 
 

@@ -39,6 +39,8 @@ MAY: dict[str, set[str]] = {
         "models",
         "data",
         "objectives",
+        "rewards",
+        "credit",
         "train",
         "estimate",
         "recipe",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlalign.bench.setting import Setting, new_vlm, picture, questions
+from mlalign.bench.setting import Setting, image_size, new_vlm, picture, questions
 from mlalign.branching.logps import next_token_logps
 
 
@@ -26,7 +26,7 @@ class Asking:
 
     def __init__(self, setting: Setting, count: int, tokens: int) -> None:
         self.vlm = new_vlm(setting)
-        size = (672, 640) if setting.image == "llava_next" else (336, 336)
+        size = image_size(setting)
         self.picture = picture(size, 0)
         self.inputs = self.vlm.image(self.picture)
         base = len(self.vlm.question_ids(questions(self.vlm, size, 2, tokens), size)[0])

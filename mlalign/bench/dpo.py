@@ -14,10 +14,7 @@ the backward. The optimiser, which is the same for all, is left out.
 from __future__ import annotations
 
 import copy
-import math
 import tempfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from mlalign.bench.setting import Setting, new_pairs, new_vlm
+from mlalign.bench.side import Side, plant
 from mlalign.branching.batch import TokenLogps
 from mlalign.branching.logps import completion_logps
 from mlalign.data.collate import Collator, tokenise
@@ -38,24 +36,6 @@ from mlalign.train.trainer import DPOConfig, PreferenceTrainer
 
 BETA = 0.1
 SIDES = ("shared", "padded", "stock")
-
-
-class Side:
-    """One side, ready to step."""
-
-    model: Any
-
-    def step(self) -> float:
-        """One step from pairs to gradients; the loss."""
-        raise NotImplementedError
-
-    def logps(self) -> dict[tuple[str, str], Tensor]:
-        """(record id, side) -> per-token log-probs of the policy."""
-        raise NotImplementedError
-
-    def gradients(self) -> dict[str, Tensor]:
-        """LoRA gradients of the last step."""
-        return {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
 
 
 class Ours(Side):
@@ -87,7 +67,7 @@ class Ours(Side):
         loss.backward()
         return float(loss.detach())
 
-    def logps(self) -> dict[tuple[str, str], Tensor]:
+    def logps(self) -> dict[Any, Tensor]:
         batch = self.collator.collate(self.tokenised)
         with torch.no_grad():
             found = completion_logps(self.model, self.trainer.vlm.encode(batch))
@@ -136,7 +116,7 @@ class Stock(Side):
                 peft_config=lora_config(LoraSection(rank=setting.rank, alpha=32), vlm),
             )
         self.model = self.trainer.model
-        _plant(self.model)
+        plant(self.model)
         self.model.train()
 
     def _collate(self) -> dict[str, Tensor]:
@@ -152,7 +132,7 @@ class Stock(Side):
         loss.backward()
         return float(loss.detach())
 
-    def logps(self) -> dict[tuple[str, str], Tensor]:
+    def logps(self) -> dict[Any, Tensor]:
         batch = self._collate()
         mask = batch.pop("completion_mask")
         labels = batch["input_ids"].masked_fill(mask == 0, -100)
@@ -184,31 +164,6 @@ def sides(setting: Setting, cached: bool, names: tuple[str, ...] = SIDES) -> dic
     return made
 
 
-def compare(ours: Ours, other: Side) -> dict[str, float]:
-    """How far two sides are apart: loss, per-token log-probs, LoRA gradients (relative)."""
-    losses, grads = [], []
-    for side in (ours, other):
-        losses.append(side.step())
-        grads.append({n: g.clone() for n, g in side.gradients().items()})
-    mine, theirs = ours.logps(), other.logps()
-    if mine.keys() != theirs.keys() or grads[0].keys() != grads[1].keys():
-        raise ValueError("bench: the sides do not hold the same records or weights")
-    apart = [(grads[0][n] - g).norm() / g.norm() for n, g in grads[1].items() if g.norm() > 0]
-    return {
-        "loss_max_abs_diff": abs(losses[0] - losses[1]),
-        "logps_max_abs_diff": max(
-            float((mine[key] - value).abs().max()) if mine[key].shape == value.shape else math.inf
-            for key, value in theirs.items()
-        ),
-        "grad_rel_diff": float(max(apart)),
-    }
-
-
-def steps(made: dict[str, Side]) -> dict[str, Callable[[], Any]]:
-    """What ``rounds.alternate`` calls."""
-    return {name: partial(type(side).step, side) for name, side in made.items()}
-
-
 def _trainer(setting: Setting) -> tuple[PreferenceTrainer, list[Any]]:
     vlm = new_vlm(setting)
     tokenised, skips = tokenise(vlm, new_pairs(setting, vlm), None)
@@ -232,7 +187,7 @@ def _trainer(setting: Setting) -> tuple[PreferenceTrainer, list[Any]]:
         checkpoint_facts={},
     )
     vlm.model = trainer.accelerator.unwrap_model(trainer.model)
-    _plant(vlm.model)
+    plant(vlm.model)
     vlm.model.train()
     return trainer, tokenised
 
@@ -252,15 +207,3 @@ def _arguments(setting: Setting, folder: Path) -> DPOConfig:
         disable_tqdm=True,
         seed=0,
     )
-
-
-def _plant(model: torch.nn.Module) -> None:
-    """A non-zero adapter, the same for the same names: a fresh one makes any layout agree."""
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name:
-            # Margins of a few nats. Larger ones say nothing more, and the loss then shows how
-            # float32 rounds sums (400 log-probs of -10 are -4,000 +- 2e-4), not the layouts.
-            std = 0.005 if "lora_B" in name else 0.1
-            drawn = torch.randn(parameter.shape, generator=generator) * std
-            parameter.data.copy_(drawn.to(parameter))

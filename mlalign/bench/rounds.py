@@ -12,6 +12,9 @@ from rich.progress import track
 
 LOGPS = 1e-4
 """Largest difference of loss or per-token log-prob (float32) at which two sides did the same."""
+GRADS = 1e-3
+"""Largest difference of LoRA gradients, relative to their norm. The loss of an on-policy GRPO step
+is its advantages alone, whatever the log-probs: there the gradient is what says it."""
 LEAST_MARGIN = 0.01
 """A smaller margin says that the adapter does nothing: then any two layouts agree."""
 
@@ -30,22 +33,27 @@ class Row:
     """Median."""
     opponent_seconds: float
     ceiling: float | None = None
-    """Closed-form FLOPs of the padded pair over ours, where the opponent is the padded pair."""
+    """Closed-form FLOPs of padded rows over ours, where these are the opponent."""
     loss_max_abs_diff: float | None = None
     logps_max_abs_diff: float | None = None
     grad_rel_diff: float | None = None
     peak_memory_ratio: float | None = None
     """Ours over the opponent's: peak resident less resident after loading."""
     margin: float | None = None
-    """Mean size of the margins (log-ratios of chosen less rejected), without beta."""
+    """Mean size of the margins (log-ratios of chosen less rejected), without beta; of a group, of
+    the log-ratios themselves."""
 
     @property
     def invalid(self) -> str:
         """Why the row says nothing; "" where it does."""
-        for name in ("loss_max_abs_diff", "logps_max_abs_diff"):
+        for name, most in (
+            ("loss_max_abs_diff", LOGPS),
+            ("logps_max_abs_diff", LOGPS),
+            ("grad_rel_diff", GRADS),
+        ):
             value = getattr(self, name)
-            if value is not None and not value <= LOGPS:
-                return f"{name} {value:.1e} above {LOGPS:.0e}"
+            if value is not None and not value <= most:
+                return f"{name} {value:.1e} above {most:.0e}"
         if self.margin is not None and self.margin < LEAST_MARGIN:
             return f"margin {self.margin:.3f} under {LEAST_MARGIN}"
         return ""

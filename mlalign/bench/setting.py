@@ -1,4 +1,4 @@
-"""The model and the pairs of a benchmark: random weights, real token counts."""
+"""The model, the pairs and the group of a benchmark: random weights, real token counts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mlalign.microworld.language import vocabulary
 from mlalign.microworld.model import CHAT_TEMPLATE, new_tokenizer
 from mlalign.models._vlm import VLM
 from mlalign.models.loading import family_of
-from mlalign.records import ImageRef, Preference
+from mlalign.records import Example, Facts, ImageRef, Preference
 
 WORDS = tuple(word for word in vocabulary() if word.isalpha())[:64]
 """One token each."""
@@ -57,6 +57,8 @@ class Setting:
     """Least and most tokens of a completion; drawn uniformly where they differ."""
     pairs: int = 1
     """Pairs per step."""
+    group: int = 8
+    """Completions of a prompt where a step is one of a group."""
     dtype: str = "float32"
     checkpointing: bool = False
     seed: int = 0
@@ -138,7 +140,7 @@ def _processor(setting: Setting) -> Any:
 def new_pairs(setting: Setting, vlm: VLM) -> list[Preference]:
     """Pairs of the setting's exact token counts, each with a picture of its own."""
     rng = random.Random(setting.seed)
-    size = (672, 640) if setting.image == "llava_next" else (336, 336)
+    size = image_size(setting)
     made = []
     for number in range(setting.pairs):
         least, most = setting.completions
@@ -157,6 +159,44 @@ def new_pairs(setting: Setting, vlm: VLM) -> list[Preference]:
             )
         )
     return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A prompt with completions, as if sampled, and what each was worth."""
+
+    example: Example
+    completions: list[list[int]]
+    """Token ids, the end of turn included."""
+    rewards: list[float]
+
+
+def new_group(setting: Setting, vlm: VLM) -> Group:
+    """A group of the setting's exact token counts."""
+    rng = random.Random(setting.seed)
+    size = image_size(setting)
+    least, most = setting.completions
+    image = ImageRef(data=to_png(picture(size, 0)))
+    texts = [_text(rng, rng.randint(least, most) - 1) for _ in range(setting.group)]
+    return Group(
+        example=Example(
+            id="group-0",
+            image=image,
+            image_sha256=image.sha256(),
+            prompt=_prompt(setting, vlm, size, rng),
+            facts=Facts(),
+            source="bench",
+        ),
+        completions=[
+            [*vlm.tokenizer(text)["input_ids"], vlm.tokenizer.eos_token_id] for text in texts
+        ],
+        rewards=[rng.random() for _ in texts],
+    )
+
+
+def image_size(setting: Setting) -> tuple[int, int]:
+    """Width and height of the setting's pictures."""
+    return (672, 640) if setting.image == "llava_next" else (336, 336)
 
 
 def questions(vlm: VLM, size: tuple[int, int], count: int, tokens: int) -> list[str]:

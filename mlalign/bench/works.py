@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
-from mlalign.bench import dpo
+from mlalign.bench import dpo, grpo
 from mlalign.bench.asking import Asking
 from mlalign.bench.peak import measure
 from mlalign.bench.rounds import Row, alternate, row_of
 from mlalign.bench.setting import Setting, new_vlm
+from mlalign.bench.side import compare, steps
 from mlalign.estimate import flops
-from mlalign.estimate.geometry import read
+from mlalign.estimate.geometry import Geometry, read
 from mlalign.estimate.plan import Plan, adapter_of
 from mlalign.estimate.rows import Rows
 from mlalign.sections import LoraSection
@@ -26,11 +28,28 @@ def dpo_rows(name: str, setting: Setting, cached: bool, rounds: int) -> list[Row
     made = dpo.sides(setting, cached)
     ours = made["shared"]
     assert isinstance(ours, dpo.Ours)
-    apart = {each: dpo.compare(ours, made[each]) for each in ("stock", "padded")}
+    pairs = [(len(p.prefix), (len(p.chosen), len(p.rejected))) for p in ours.tokenised]
+    top = ceiling(setting, read(ours.trainer.vlm.core.config), pairs, not cached)
+    return _step_rows(name, made, top, rounds)
+
+
+def grpo_rows(name: str, setting: Setting, beta: float, rounds: int) -> list[Row]:
+    """The loss step of a group against stock TRL and against one row per completion."""
+    made = grpo.sides(setting, beta)
+    ours = made["shared"]
+    lengths = tuple(map(len, ours.group.completions))
+    top = ceiling(
+        setting, read(ours.trainer.vlm.core.config), [(setting.prefix, lengths)], beta > 0
+    )
+    return _step_rows(name, made, top, rounds)
+
+
+def _step_rows(name: str, made: dict[str, Any], top: float, rounds: int) -> list[Row]:
+    """Rows of sides "shared", "stock" and "padded"; ``top``: the ceiling over padded."""
+    ours = made["shared"]
+    apart = {each: compare(ours, made[each]) for each in ("stock", "padded")}
     margin = ours.margin()
-    top = ceiling(setting, ours, cached)
-    seconds = alternate(dpo.steps(made), rounds, name)
-    del made
+    seconds = alternate(steps(made), rounds, name)
     return [
         row_of(
             name,
@@ -45,23 +64,27 @@ def dpo_rows(name: str, setting: Setting, cached: bool, rounds: int) -> list[Row
     ]
 
 
-def ceiling(setting: Setting, ours: dpo.Ours, cached: bool) -> float:
-    """Closed-form FLOPs of the padded step over the shared one, over the pairs of the setting."""
-    geometry = read(ours.trainer.vlm.core.config)
+def ceiling(
+    setting: Setting,
+    geometry: Geometry,
+    groups: Sequence[tuple[int, tuple[int, ...]]],
+    live: bool,
+) -> float:
+    """Closed-form FLOPs of the padded step over the shared one.
+
+    ``groups``: tokens of each prefix, and of the completions behind it. ``live``: whether a
+    reference pass is part of the step.
+    """
     tiles = 5 if setting.image == "llava_next" else 1
     adapter = adapter_of(LoraSection(rank=setting.rank), geometry.decoder)
     # Stock pads all completions of a batch to the longest one; so does the padded batch.
-    longest = max(len(c) for p in ours.tokenised for c in (p.chosen, p.rejected))
+    longest = max(max(own) for _, own in groups)
     total = {"shared": 0.0, "padded": 0.0}
-    for pair in ours.tokenised:
-        own = (len(pair.chosen), len(pair.rejected))
+    for prefix, own in groups:
         shapes = {
-            "shared": Rows(prefix=len(pair.prefix), completions=own, tiles=tiles),
+            "shared": Rows(prefix=prefix, completions=own, tiles=tiles),
             "padded": Rows(
-                prefix=len(pair.prefix),
-                completions=(longest, longest),
-                layout="padded",
-                tiles=tiles,
+                prefix=prefix, completions=(longest,) * len(own), layout="padded", tiles=tiles
             ),
         }
         for layout, rows in shapes.items():
@@ -69,13 +92,13 @@ def ceiling(setting: Setting, ours: dpo.Ours, cached: bool) -> float:
                 rows=rows,
                 adapter=adapter,
                 checkpointing=setting.checkpointing,
-                reference_live=not cached,
+                reference_live=live,
                 attention="split" if layout == "shared" else "causal",
             )
             step = flops.step(geometry, plan)
             if layout == "padded":
                 # The head runs at real tokens only, in both.
-                step = replace(step, head=step.head * sum(own) / (2 * longest))
+                step = replace(step, head=step.head * sum(own) / (len(own) * longest))
             total[layout] += step.total
     return total["padded"] / total["shared"]
 
@@ -147,6 +170,8 @@ def works(base: Setting) -> dict[str, Callable[[int], list[Row]]]:
         ),
         "dpo-400": lambda n: live("dpo-400", base.at(completions=(400, 400)), rounds=n),
         "dpo-next": lambda n: live("dpo-next", next_tiles, rounds=n),
+        "grpo": lambda n: grpo_rows("grpo", base, 0.0, n),
+        "grpo-kl": lambda n: grpo_rows("grpo-kl", base, grpo.KL, n),
         "judge": lambda n: asking_rows("judge", base, 30, n),
         "pope": lambda n: asking_rows("pope", base, 18, n),
         "memory": lambda n: memory_rows("memory", base),

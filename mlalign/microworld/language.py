@@ -145,8 +145,10 @@ def parse_caption(text: str) -> tuple[list[ParsedMention], list[str]]:
 
 
 def claim_question(mention: Mention) -> str:
-    """The yes/no question that a mention answers: "Is there a red pot at the top left?"."""
-    return f"Is there a {mention.color} {mention.name} at the {mention.position}?"
+    """The yes/no question that a mention answers: "Is there a red pot at the top left?"; without
+    the colour where the mention has none."""
+    thing = f"{mention.color} {mention.name}" if mention.color else mention.name
+    return f"Is there a {thing} at the {mention.position}?"
 
 
 def presence_question(name: str) -> str:

@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlalign.models._offsets import token_offsets
 from mlalign.records import Facts, ImageRef, RecordError, facts_from_json, to_json
 from mlalign.store import folder_atomic
 
 COMPLETIONS = ("own", "chosen", "rejected")
 """Order of the completions in a probe row."""
-BROKEN = "\ufffd"
-"""What decoders write for a character of which bytes are missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +74,14 @@ def mentions(
     """The object words of ``text``, marked real or absent by the facts, with their tokens.
 
     ``ids``: tokens of the completion, end of turn included. ``name``: record id for the error.
+    Raises RecordError where there are some and the tokens do not spell the text (an unknown word).
     """
     present = facts.names()
     found = []
-    for span in vocabulary.objects(text):
-        tokens = tokens_of_span(tokenizer, ids, text, span.start, span.end, name)
+    spans = vocabulary.objects(text)
+    offsets = token_offsets(tokenizer, ids, text, name) if spans else ()
+    for span in spans:
+        tokens = _within(offsets, text, span.start, span.end)
         found.append(
             Mention(
                 name=span.name,
@@ -97,37 +99,16 @@ def tokens_of_span(
 ) -> tuple[int, ...]:
     """Positions in ``ids`` of the tokens that spell characters [start, end) of ``text``.
 
-    Works by decoding ever longer prefixes and counting the characters that are not blanks: so
-    neither a tokenizer's leading blank, nor byte pieces, nor a word-level decoder's spacing
-    matters. Raises RecordError where the tokens do not spell the text (an unknown word).
+    Raises RecordError where the tokens do not spell the text (an unknown word).
     """
-    whole = [c for c in _decode(tokenizer, ids) if not c.isspace()]
-    wanted = [c for c in text if not c.isspace()]
-    if len(whole) != len(wanted):
-        raise RecordError(
-            name,
-            "text",
-            f"{text!r} decodes as {_decode(tokenizer, ids)!r}, so its words have no tokens",
-            "Use text that the tokenizer can spell",
-        )
-    first = sum(not c.isspace() for c in text[:start])
-    last = first + sum(not c.isspace() for c in text[start:end])
-    hit = []
-    complete = 0
-    for position in range(len(ids)):
-        prefix = _decode(tokenizer, ids[: position + 1])
-        # Byte pieces end in the middle of a character; decoding marks it at the end. Each of
-        # them spells that character.
-        broken = prefix.endswith(BROKEN) and position + 1 < len(ids)
-        whole_now = sum(not c.isspace() for c in prefix.rstrip(BROKEN if broken else ""))
-        if complete < last and whole_now + broken > first:
-            hit.append(position)
-        complete = whole_now
-    return tuple(hit)
+    return _within(token_offsets(tokenizer, ids, text, name), text, start, end)
 
 
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def _within(offsets: Sequence[tuple[int, int]], text: str, start: int, end: int) -> tuple[int, ...]:
+    """Tokens of which a character lies in [start, end); the span's own outer blanks are none."""
+    said = text[start:end]
+    start, end = start + len(said) - len(said.lstrip()), start + len(said.rstrip())
+    return tuple(i for i, (first, last) in enumerate(offsets) if first < end and start < last)
 
 
 def save(folder: str | Path, records: Iterable[ProbeRecord]) -> str:

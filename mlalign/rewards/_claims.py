@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from mlalign.objects import with_article
+from mlalign.objects import presence_question
 
 Language = Literal["english", "microworld"]
 
@@ -44,8 +44,7 @@ def _english(text: str, vocabulary: Any) -> list[Stated]:
     looks = vocabulary.attributes(text)
     stated = []
     for thing in vocabulary.objects(text):
-        asked = f"Is there {with_article(thing.name)} in the image?"
-        stated.append(Stated(thing.start, thing.end, asked))
+        stated.append(Stated(thing.start, thing.end, presence_question(thing.name)))
         left = thing.start
         for look in reversed([each for each in looks if each.end <= thing.start]):
             if not _JOINED.fullmatch(text[look.end : left]):
@@ -60,12 +59,4 @@ def _microworld(text: str) -> list[Stated]:
     """Each object with its colour and place; the span is the whole phrase."""
     from mlalign.microworld.language import claim_question, parse_caption
 
-    return [
-        Stated(
-            *found.span,
-            claim_question(found.mention)
-            if found.color
-            else f"Is there a {found.name} at the {found.position}?",
-        )
-        for found in parse_caption(text)[0]
-    ]
+    return [Stated(*found.span, claim_question(found.mention)) for found in parse_caption(text)[0]]

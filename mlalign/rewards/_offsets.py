@@ -1,22 +1,13 @@
-"""Which characters of an answer each sampled token spells.
-
-Found by decoding what was sampled, never by tokenising the text again: a policy may spell a word by
-other tokens than its tokenizer would. Characters that are not blanks are counted, so that neither a
-tokenizer's leading blank nor a word-level decoder's spacing matters.
-"""
+"""A sampled answer as rewards take it: its text, and which characters each token spells."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from mlalign.records import Example, RecordError
+from mlalign.models._offsets import decode, token_offsets
+from mlalign.records import Example
 from mlalign.rewards._reward import Completion
-
-BROKEN = "\ufffd"
-"""What decoders write for a character of which bytes are missing."""
-_BEFORE = 4
-"""Tokens decoded again before each one: what a decoder does at a border must not be counted."""
 
 
 def completion_of(
@@ -35,7 +26,7 @@ def completion_of(
     stop = next((i for i, token in enumerate(ids) if token in set(ends)), None)
     own = tuple(ids) if stop is None else tuple(ids[: stop + 1])
     spelt = own if stop is None else own[:-1]
-    text = _decode(tokenizer, spelt).strip()
+    text = decode(tokenizer, spelt).strip()
     offsets = token_offsets(tokenizer, spelt, text, example.id)
     return Completion(
         example=example,
@@ -46,58 +37,3 @@ def completion_of(
         sample=sample,
         length_bonus=length_bonus,
     )
-
-
-def token_offsets(
-    tokenizer: Any, ids: Sequence[int], text: str, name: str
-) -> tuple[tuple[int, int], ...]:
-    """Characters [start, end) of ``text`` for each token; (p, p) for one that spells none, p where
-    the last character before it ends.
-
-    A character of several byte tokens belongs to each of them. Takes one decoding of a few tokens
-    for each. Raises RecordError, naming the record, where the tokens do not spell the text.
-    """
-    places = [i for i, c in enumerate(text) if not c.isspace()]
-    counts: list[int] = []
-    done, window = 0, 0
-    borders = [0]
-    base = 0
-    spans: list[tuple[int, int]] = []
-    for position in range(len(ids)):
-        piece = _decode(tokenizer, ids[window : position + 1])
-        broken = piece.endswith(BROKEN) and position + 1 < len(ids)
-        now = base + _solid(piece.rstrip(BROKEN) if broken else piece)
-        # Each byte of a character that is not whole yet spells it.
-        spans.append((done, max(now + broken, done)))
-        counts.append(now)
-        done = now
-        if not broken:
-            borders.append(position + 1)
-            if len(borders) > _BEFORE:
-                window = borders[-_BEFORE]
-                base = now - _solid(_decode(tokenizer, ids[window : position + 1]))
-    if done != len(places):
-        raise RecordError(
-            name,
-            "text",
-            f"{text!r} decodes as {_decode(tokenizer, ids)!r}, so its words have no tokens",
-            "Give the text that the tokens were decoded to",
-        )
-    return tuple(_characters(places, first, last) for first, last in spans)
-
-
-def _characters(places: list[int], first: int, last: int) -> tuple[int, int]:
-    """Counts of characters that are not blanks -> characters of the text."""
-    last = min(last, len(places))
-    if last <= first:
-        at = places[first - 1] + 1 if first else 0
-        return at, at
-    return places[first], places[last - 1] + 1
-
-
-def _solid(text: str) -> int:
-    return sum(not c.isspace() for c in text)
-
-
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

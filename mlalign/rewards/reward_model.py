@@ -19,8 +19,8 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from mlalign.objects import sentences
 from mlalign.rewards._reward import Completion, RewardContext, RewardError, Scored
-from mlalign.rewards._sentences import sentences
 
 
 class Settings(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from mlalign.bench.peak import measure
 from mlalign.bench.rounds import Row, alternate, row_of
 from mlalign.bench.setting import Setting, new_pairs, new_vlm, questions
 from mlalign.cli import app
+from mlalign.estimate.geometry import read
 
 SMALL = Setting(
     layers=2, width=64, intermediate=128, heads=4, tower_layers=2, tower_width=64, rank=4
@@ -42,6 +44,7 @@ def row(**facts: float | None) -> Row:
     [
         ({"logps_max_abs_diff": 2e-4}, "logps_max_abs_diff"),
         ({"loss_max_abs_diff": float("nan")}, "loss_max_abs_diff"),
+        ({"grad_rel_diff": 2e-3, "logps_max_abs_diff": 1e-5}, "grad_rel_diff"),
         ({"margin": 0.001}, "margin"),
         ({"logps_max_abs_diff": 1e-5, "loss_max_abs_diff": 0.0, "margin": 0.5}, ""),
     ],
@@ -112,9 +115,21 @@ def test_the_ceiling_against_counting_tokens() -> None:
     setting = Setting(layers=2, width=256, intermediate=704, heads=4, tower_layers=1)
     side = dpo.sides(setting, False, ("shared",))["shared"]
     assert isinstance(side, dpo.Ours)
-    found = works.ceiling(setting, side, cached=False)
+    (pair,) = side.tokenised
+    geometry = read(side.trainer.vlm.core.config)
+    lengths = len(pair.chosen), len(pair.rejected)
+    found = works.ceiling(setting, geometry, [(len(pair.prefix), lengths)], live=True)
     # Decoder tokens alone would give 1400 / 800; head and tower, equal on both sides, lower it.
     assert 1.05 < found < 1400 / 800
+    # Of a group of eight, 5600 / 1400, and nearly so where the linears are all but everything:
+    # attention, 8 x 245,350 pairs / 700,700, is the rest.
+    group = [(600, (100,) * 8)]
+    eight = works.ceiling(setting, geometry, group, live=False)
+    assert found < eight < 5600 / 1400
+    decoder = replace(geometry.decoder, layers=50, width=8192, vocabulary=9)
+    tower = replace(geometry.tower, flops=0.0)
+    lean = works.ceiling(setting, replace(geometry, decoder=decoder, tower=tower), group, False)
+    assert 3.85 < lean < 4.0
 
 
 def test_peak_memory_of_a_fresh_process() -> None:

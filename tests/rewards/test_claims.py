@@ -25,7 +25,7 @@ from mlalign.rewards._reward import (
     checked,
 )
 from mlalign.rewards.claim_judge import ClaimJudge, merged
-from tests.judges._fake_server import FakeServer, Status
+from tests.judges._fake_server import Cut, FakeServer, Slow, Status, chat
 from tests.rewards.answers import COCO, context, example, said, words
 
 METHOD = methods.find("mlalign.rewards", "claim_judge")
@@ -182,10 +182,9 @@ def test_a_judge_that_answers_for_too_many():
         reward(Long())([said("a dog")])
 
 
-def served(url: str, folder: Path, **settings: Any) -> ClaimJudge:
-    asked = Server.Settings(
-        base_url=url, model="m", cache=str(folder), attempts=2, backoff_s=0.0, timeout_s=5
-    )
+def served(url: str, folder: Path, server: Any = None, **settings: Any) -> ClaimJudge:
+    quick = {"attempts": 2, "backoff_s": 0.0, "timeout_s": 5, **(server or {})}
+    asked = Server.Settings(base_url=url, model="m", cache=str(folder), **quick)
     return reward(Server(asked), **settings)
 
 
@@ -206,11 +205,58 @@ def test_a_server_that_is_down_and_comes_back(tmp_path: Path):
     assert out.counts == {"claims": 1, "rejected": 0, "undecided": 0}
 
 
-def test_a_server_that_fails_too_often_is_ill(tmp_path: Path):
+MENDED_BY_WAITING = {
+    "500": Status(500),
+    "503": Status(503),
+    "429": Status(429),
+    "time": Slow(1.0),
+    "connection": Cut(),
+}
+
+
+@pytest.mark.parametrize("trouble", MENDED_BY_WAITING.values(), ids=MENDED_BY_WAITING)
+def test_what_waiting_mends_can_be_scored_later(trouble: Any, tmp_path: Path):
+    """Two claims, one of them answered: only the other is asked again."""
+    with FakeServer().running() as fake:
+        asked = "Is there a cat in the image?"
+        fake.script[asked] = [trouble] * 2
+        judge = served(fake.url, tmp_path, server={"timeout_s": 0.3})
+        answers = [said("a dog and a cat", photograph())]
+        with pytest.raises(RewardUnavailable, match="no answer to 1 of 2 questions, the first: no"):
+            checked("claim_judge", judge, answers)
+        (out,) = checked("claim_judge", judge, answers)
+        assert out.counts == {"claims": 2, "rejected": 0, "undecided": 0}
+        assert fake.count == {asked: 3, "Is there a dog in the image?": 1}
+
+
+@pytest.mark.parametrize(
+    ("status", "mend"),
+    [
+        (400, "judge.omit"),
+        (401, "judge.api_key_env"),
+        (403, "judge.api_key_env"),
+        (404, "judge.model"),
+    ],
+)
+def test_what_it_does_not_mend_is_an_error_that_names_the_key(
+    status: int, mend: str, tmp_path: Path
+):
+    with FakeServer(Status(status)).running() as fake:
+        problem = rf"claim_judge, record 'microworld-pairs-0#0'.*HTTP {status}.*{mend}"
+        with pytest.raises(RewardError, match=problem):
+            checked("claim_judge", served(fake.url, tmp_path), [said("a dog", photograph())])
+        assert fake.total == 1
+
+
+def test_a_share_of_failed_questions_can_be_borne(tmp_path: Path):
     with FakeServer(Status(503)).running() as ill:
-        patient = served(ill.url, tmp_path / "a")
+        patient = served(ill.url, tmp_path, max_failed=1.0)
         (out,) = checked("claim_judge", patient, [said("a dog", photograph())])
         assert out.counts["undecided"] == 1
-        strict = served(ill.url, tmp_path / "b", max_undecided=0.5)
-        with pytest.raises(RewardUnavailable, match="left 1 of 1 questions undecided"):
+
+
+def test_a_judge_that_never_decides_is_no_server_that_is_down(tmp_path: Path):
+    with FakeServer(chat("Maybe.")).running() as fake:
+        strict = served(fake.url, tmp_path, max_undecided=0.5)
+        with pytest.raises(RewardError, match=r"left 1 of 1 questions undecided.*max_undecided"):
             checked("claim_judge", strict, [said("a dog", photograph())])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlalign.judges._faults import ServerError
+from mlalign.judges._faults import ServerDown, ServerError
 from mlalign.records import RecordError
 from mlalign.rewards._reward import (
     RewardError,
@@ -83,7 +83,7 @@ def test_touching_spans_are_two():
     assert out.total == 3.0
 
 
-@pytest.mark.parametrize("error", [ServerError("no server"), ConnectionError("x"), TimeoutError()])
+@pytest.mark.parametrize("error", [ServerDown("no server"), ConnectionError("x"), TimeoutError()])
 def test_what_is_down_can_be_asked_again(error: Exception):
     calls = []
 
@@ -102,6 +102,17 @@ def test_what_is_down_can_be_asked_again(error: Exception):
     assert caught.value.reward == "mine"
     assert caught.value.__cause__ is error
     assert checked("mine", reward, [said("a dog")]) == [Scored(total=1.0)]
+
+
+def test_what_a_server_refuses_is_an_error_of_its_own():
+    class Refused:
+        spans = False
+
+        def __call__(self, completions: Any) -> list[Scored]:
+            raise ServerError("HTTP 401. To mend it: set the key")
+
+    with pytest.raises(RewardError, match=r"reward mine, record 'e#0': .*401.*set the key"):
+        checked("mine", Refused(), [said("a dog")])
 
 
 def test_other_faults_are_not_taken_for_a_server_that_is_down():
