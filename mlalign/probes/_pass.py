@@ -92,17 +92,16 @@ class ProbePass:
         for probe in self.methods:
             self._prepare(probe)
         share = -(-len(records) // world)
-        own = range(rank * share, min((rank + 1) * share, len(records)))
+        # A rank with fewer records reads on from the set's beginning. So all run the same forwards
+        # over as many rows (ZeRO-3 compares what ranks call), and no batch holds a record twice
+        # (watches are kept by record).
+        numbers = [i % len(records) for i in range(rank * share, (rank + 1) * share)]
         needs = self._needs(self.active)
-        # A rank with fewer records repeats the last one in batches of its own, so that all run as
-        # many forwards: watches are kept by record, and a batch holds each at most once.
-        numbers = [list(own[i : i + batch_size]) for i in range(0, len(own), batch_size)]
-        numbers += [[len(records) - 1]] * (-(-share // batch_size) - len(numbers))
-        # One further record at most: the last of all.
-        used = sorted({*own, *numbers[-1]})
-        items = {i: make_item(vlm, records, i, vocabulary, needs) for i in used}
-        self._real = len(own)
-        self._batches = [make_batch(vlm, [items[i] for i in each]) for each in numbers]
+        items = [make_item(vlm, records, i, vocabulary, needs) for i in numbers]
+        self._real = max(0, min(share, len(records) - rank * share))
+        self._batches = [
+            make_batch(vlm, items[i : i + batch_size]) for i in range(0, len(items), batch_size)
+        ]
 
     @property
     def active(self) -> list[Probe]:
