@@ -1,5 +1,5 @@
 # make quickstart   pairs, alignment, probes, evaluation and report on the built-in world
-# make test         every test
+# make test         the tests; make test-all adds the long variants (tests marked long)
 # make check        ruff, ruff format, pyright
 # make photos       installs the parts of the photograph model (recipes/photos)
 # Each installs what it needs into .venv, once. Any Python from 3.11 will do: make PYTHON=python3.12
@@ -17,7 +17,7 @@ WORKERS ?= 2
 # The deepspeed launcher starts its processes by name, so the venv stands first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install photos quickstart test check format clean
+.PHONY: help install photos quickstart test test-all check format clean
 help:
 	@sed -n 's/^# //p' Makefile | head -5
 
@@ -56,6 +56,9 @@ quickstart: $(VENV)/installed
 # Two at a time, a file each: the tests of a file share what is dear to make.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+
+test-all: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "" $(TESTS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check $(SOURCES)

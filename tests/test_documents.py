@@ -58,7 +58,7 @@ def test_paths_are_there(document: Path) -> None:
 
 def make_targets() -> set[str]:
     text = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
-    return set(re.findall(r"^([a-z]+):(?!=)", text, re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):(?!=)", text, re.MULTILINE))
 
 
 def verbs() -> set[str]:

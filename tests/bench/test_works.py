@@ -70,7 +70,9 @@ def test_sides_take_turns_and_the_first_round_does_not_count() -> None:
     "setting",
     [
         SMALL.at(completions=(5, 12), pairs=2),
-        SMALL.at(completions=(6, 6), image="llava_next", prefix=2900),
+        pytest.param(
+            SMALL.at(completions=(6, 6), image="llava_next", prefix=2900), marks=pytest.mark.long
+        ),
     ],
     ids=["llava", "llava_next"],
 )

@@ -50,7 +50,8 @@ def test_agrees_with_every_truthful_question_of_the_microworld():
 def test_claims_of_true_mentions_are_yes():
     scene = make_scene("pairs", 3)
     asked = [claim_question(m) for m in true_mentions(scene)]
-    assert all(a[:2] == (1.0, 0.0) for a in judge("microworld").ask(world.example("pairs", 3), asked))
+    answers = judge("microworld").ask(world.example("pairs", 3), asked)
+    assert all(a[:2] == (1.0, 0.0) for a in answers)
 
 
 CAPTIONED = example(

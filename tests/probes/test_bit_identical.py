@@ -156,7 +156,7 @@ def test_one_process_with_dropout_and_checkpointing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_two_processes(zero: int, files: Path, tmp_path: Path) -> None:
     section = {"launcher": "deepspeed", "processes": 2, "zero": zero}
     for name in ("off", "on"):

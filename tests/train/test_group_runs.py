@@ -48,7 +48,7 @@ def alone(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> list[di
     return _steps(folder)
 
 
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_two_processes_train_as_one(
     zero: int, alone: list[dict[str, Any]], tiny_llava: Path, tmp_path: Path
 ) -> None:

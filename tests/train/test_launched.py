@@ -44,7 +44,7 @@ def one_process(
     return run / "runs/one"
 
 
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_two_processes_train_to_the_same_losses(
     zero: int, one_process: Path, tiny_llava: Path, pairs_folder: Path, tmp_path: Path
 ) -> None:

@@ -121,7 +121,7 @@ def test_same_seed_same_weights(tmp_path: Path, processor: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("cache", [pytest.param(False, marks=pytest.mark.long), True])
 def test_projector_alone_with_and_without_kept_features(
     tmp_path: Path, processor: Any, cache: bool
 ) -> None:

@@ -164,6 +164,7 @@ def run(folder: Path, model: Path, pairs: list[Preference], objective: Any, **tr
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
+@pytest.mark.long
 def test_whole_runs(tiny_llava: Path, tmp_path: Path) -> None:
     pairs = make_pairs(6)
     live = run(tmp_path / "live", tiny_llava, pairs, "mdpo")
